@@ -1,0 +1,80 @@
+"""The bridge to both hosts: a callback configures the engine and watches its steps; the same object works under either trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from zo_lightning.engine.options import EngineOptions
+from zo_lightning.engine.optimizer import ZOOptimizer
+from zo_lightning.engine.report import StepReport
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a callback sees of the training that it is a part of."""
+
+    optimizer: ZOOptimizer
+    module: nn.Module
+    host: str
+    """"lightning" or "hf"."""
+    folder: str | None
+    """Where the host writes its checkpoints and logs, if anywhere."""
+    is_rank_zero: bool
+    step: Callable[[], int]
+    """The host's global step."""
+
+
+class ZOCallback:
+    """Base of the callbacks in `zo_lightning.callbacks`.
+
+    Put an instance into `callbacks=[...]` of a Lightning Trainer with strategy "zo" or of a `ZOTrainer`. The host calls `configure` before
+    the optimizer is built, then the `on_run_start`, `on_zo_step` and `on_run_end` of this class. Every hook of the hosts themselves
+    resolves to a function that does nothing, so no host need be installed, and neither is imported.
+    """
+
+    def configure(self, options: EngineOptions) -> EngineOptions:
+        """The options to use, usually `dataclasses.replace(options, ...)`."""
+        return options
+
+    def on_run_start(self, run: Run) -> None:
+        """Training begins; the weights are those of the start or of the resumed checkpoint."""
+
+    def on_zo_step(self, run: Run, report: StepReport) -> None:
+        """An update was applied (or skipped, see the report)."""
+
+    def on_run_end(self, run: Run) -> None:
+        """Training ended, also by an exception."""
+
+    def metrics(self) -> dict[str, float]:
+        """What to log now, by chart name; the host asks whenever it logs."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint should keep of this callback."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+
+    @property
+    def state_key(self) -> str:
+        """The name of the callback's state in a Lightning checkpoint."""
+        return type(self).__qualname__
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name.startswith("on_") or name in ("setup", "teardown"):
+            return _ignore
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    """A hook of the host that forward-only callbacks have no use for."""
+
+
+def zo_callbacks(callbacks: Iterable[Any]) -> list[ZOCallback]:
+    """Those of a host's callbacks that are ours, in order."""
+    return [callback for callback in callbacks if isinstance(callback, ZOCallback)]

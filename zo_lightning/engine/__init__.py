@@ -1,0 +1,31 @@
+"""Forward-only optimization in plain PyTorch: the mathematics of zo-lightning, without any host."""
+
+from zo_lightning.engine.estimators import SPSA, Estimator, Term
+from zo_lightning.engine.messages import ZOWarning
+from zo_lightning.engine.noise import Gaussian, Noise, Rademacher
+from zo_lightning.engine.optimizer import ZOOptimizer
+from zo_lightning.engine.options import EngineOptions
+from zo_lightning.engine.parallel import DataParallel, Exchange
+from zo_lightning.engine.report import Estimate, StepReport
+from zo_lightning.engine.safeguard import DivergenceError, Safeguard
+from zo_lightning.engine.updates import SGD, UpdateRule
+
+__all__ = [
+    "SGD",
+    "SPSA",
+    "DataParallel",
+    "DivergenceError",
+    "EngineOptions",
+    "Estimate",
+    "Estimator",
+    "Exchange",
+    "Gaussian",
+    "Noise",
+    "Rademacher",
+    "Safeguard",
+    "StepReport",
+    "Term",
+    "UpdateRule",
+    "ZOOptimizer",
+    "ZOWarning",
+]

@@ -1,0 +1,149 @@
+"""The evaluations of one micro-batch: same randomness, same buffers, fresh autocast cache, and nothing left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zo_lightning.engine.buffers import Buffers
+from zo_lightning.engine.estimators import Displacement
+from zo_lightning.engine.messages import say_once
+from zo_lightning.engine.randomness import HostState, host_state
+from zo_lightning.engine.residency import Residency
+
+Closure = Callable[[], Any]
+Muted = Callable[[], AbstractContextManager[Any]]
+
+
+class Evaluator:
+    """Evaluates a closure at displaced points of a module's weights."""
+
+    def __init__(self, module: nn.Module | None, dropout: bool) -> None:
+        self.module = module
+        self.dropout = dropout
+        self.buffers = Buffers(module)
+        self.count = 0
+
+    def evaluate(
+        self,
+        closure: Closure,
+        points: Sequence[Displacement],
+        residency: Residency,
+        eps: Sequence[float],
+        seed: int,
+        muted: Muted,
+        loss_of: Callable[[Any], Any],
+    ) -> tuple[Any, list[Tensor]]:
+        """(output of the closure at the first point, the loss at every point as float64 scalars); no losses where there is none.
+
+        Every evaluation starts from generator states that `seed` determines and from the same buffers. Those at other points than the
+        first run inside `muted()`. Weights, generators and training flags come back as they were; buffers as the first one left them.
+        """
+        devices = {p.tensor.device for p in residency.trained}
+        with torch.no_grad(), host_state(devices) as host, self._dropout():
+            self.buffers.begin()
+            try:
+                if residency.needs_probe():
+                    with residency.probe(), muted():
+                        self._one(closure, host, seed, residency)
+                    self.buffers.first_done()
+                    self.buffers.rewind()
+                return self._points(closure, points, residency, eps, seed, muted, loss_of, host)
+            finally:
+                self.buffers.finish()
+
+    def _points(
+        self,
+        closure: Closure,
+        points: Sequence[Displacement],
+        residency: Residency,
+        eps: Sequence[float],
+        seed: int,
+        muted: Muted,
+        loss_of: Callable[[Any], Any],
+        host: HostState,
+    ) -> tuple[Any, list[Tensor]]:
+        first: Any = None
+        losses: list[Tensor] = []
+        with residency.session():
+            for index, point in enumerate(points):
+                with residency.at(point, eps), muted() if index else nullcontext():
+                    output = self._one(closure, host, seed, residency)
+                self.count += 1
+                if index == 0:
+                    self.buffers.first_done()
+                    first = output
+                loss = loss_of(output)
+                if loss is None:
+                    return None, []
+                losses.append(as_scalar(loss))
+                if not residency.reached():
+                    raise RuntimeError(_NOT_REACHED)
+                if index + 1 < len(points):
+                    self.buffers.rewind()
+        return first, losses
+
+    def _one(self, closure: Closure, host: HostState, seed: int, residency: Residency) -> Any:
+        host.seed(seed)
+        torch.clear_autocast_cache()  # autocast keeps cast weights; the second evaluation would see those of the first
+        before = [p.tensor.grad for p in residency.trained]
+        try:
+            output = closure()
+        except RuntimeError as error:
+            if "does not require grad and does not have a grad_fn" in str(error):
+                raise RuntimeError(_BACKWARD) from error
+            raise
+        finally:
+            torch.clear_autocast_cache()
+        if any(p.tensor.grad is not None and p.tensor.grad is not old for p, old in zip(residency.trained, before, strict=True)):
+            raise RuntimeError(_BACKWARD)
+        return output
+
+    @contextmanager
+    def _dropout(self) -> Iterator[None]:
+        """Shadows the forward of Dropout modules; their training flag would not do, for hosts call train() inside the closure."""
+        off: list[nn.Module] = []
+        if not self.dropout and self.module is not None:
+            off = [m for m in self.module.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and "forward" not in vars(m)]
+            if not off:
+                say_once("dropout", "dropout=False finds no Dropout module to switch off; functional dropout follows module.training.")
+        try:
+            for module in off:
+                module.forward = _identity
+            yield
+        finally:
+            for module in off:
+                vars(module).pop("forward", None)
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+_BACKWARD = (
+    "The closure calls backward(). Forward-only training has no backward pass: return the loss from the closure and remove loss.backward() "
+    "and optimizer.zero_grad()."
+)
+
+
+_NOT_REACHED = (
+    "The perturbation did not reach the model: no module with trained weights ran inside the closure. Evaluate the module that was given to "
+    'the optimizer (not a copy, and not through a compiled or exported version of it), or use weights="inplace".'
+)
+
+
+def as_scalar(loss: Any) -> Tensor:
+    """`loss` as a detached float64 scalar tensor. TypeError or ValueError for what is not one real number."""
+    if isinstance(loss, (int, float)) and not isinstance(loss, bool):
+        return torch.tensor(float(loss), dtype=torch.float64)
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"The closure returned {type(loss).__name__}; it must return the loss, a scalar tensor or a float.")
+    if loss.numel() != 1:
+        raise ValueError(f"The closure returned a loss of shape {tuple(loss.shape)}; it must be a scalar. Reduce it, e.g. loss.mean().")
+    if loss.is_complex():
+        raise ValueError(f"The closure returned a loss of dtype {loss.dtype}; it must be real.")
+    return loss.detach().reshape(()).to(torch.float64)

@@ -1,0 +1,31 @@
+"""What the library says to its user: once per process, as a warning that can be filtered."""
+
+from __future__ import annotations
+
+import warnings
+
+_said: set[str] = set()
+
+
+class ZOWarning(UserWarning):
+    """A setting that does nothing here, a value that was inherited, or a state that the user should know of."""
+
+
+def say_once(key: str, message: str) -> None:
+    """Emit `message` as a `ZOWarning` the first time that `key` is seen in this process."""
+    if key not in _said:
+        _said.add(key)
+        warnings.warn(message, ZOWarning, stacklevel=3)
+
+
+def reset() -> None:
+    """Forget what was said (for tests)."""
+    _said.clear()
+
+
+def choose(option: str, value: object, allowed: dict[str, object]) -> object:
+    """The entry of `allowed` called `value`; ValueError that lists the names otherwise."""
+    if isinstance(value, str) and value in allowed:
+        return allowed[value]
+    names = ", ".join(repr(name) for name in allowed)
+    raise ValueError(f"{option}={value!r} is not known. Use one of {names}, or an object of its class.")

@@ -1,0 +1,61 @@
+"""What a noise is: values on demand for any stretch of any stream, and a kernel that adds them in one pass."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Stretch(NamedTuple):
+    """Elements `start` to `start + count` of the stream in row `row` of a table of keys."""
+
+    row: int
+    start: int
+    count: int
+
+
+class Noise(ABC):
+    """z[i] = noise(seed, parameter key, i), with E z = 0 and E z^2 = 1.
+
+    `keys` is an int32 tensor of shape (streams, 3), one `seeds.stream` a row, on the device of the weights. Values are computed in
+    float32; they are cast last, to the dtype that is asked for.
+    """
+
+    name: str
+
+    @abstractmethod
+    def values(self, keys: Tensor, stretches: Sequence[Stretch], dtype: torch.dtype) -> Tensor:
+        """z over the stretches, concatenated; one-dimensional, of `dtype` (float32 or float64), on the device of `keys`."""
+
+    @abstractmethod
+    def add(self, out: Tensor, base: Tensor, key: Tensor, start: int, scalars: Tensor) -> None:
+        """out <- decay * base + c * z[start : start + numel] in one compiled pass, with `scalars` = (decay, c).
+
+        `out` and `base` are one-dimensional and contiguous, and may be the same tensor; `start` is a multiple of `granule`; `key` has
+        shape (3,). The arithmetic is that of `scalars`' dtype: float64 for float64 weights, else float32.
+        """
+
+    granule: int = 1
+    """Stretches start at multiples of this many elements where the compiled pass is to be used."""
+
+
+def counters(keys: Tensor, stretches: Sequence[tuple[int, int, int]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(c0, c1, k0, k1) for consecutive counters of several streams: `stretches` holds (row, first counter, how many)."""
+    device = keys.device
+    if len(stretches) == 1:
+        row, first, count = stretches[0]
+        k = keys[row]
+        return _arange(first, count, device), k[2], k[0], k[1]
+    lengths = torch.tensor([count for _, _, count in stretches], device=device)
+    rows = torch.tensor([row for row, _, _ in stretches], device=device)
+    table = keys[rows].repeat_interleave(lengths, dim=0)
+    c0 = torch.cat([_arange(first, count, device) for _, first, count in stretches])
+    return c0, table[:, 2], table[:, 0], table[:, 1]
+
+
+def _arange(first: int, count: int, device: torch.device) -> Tensor:
+    return torch.arange(first, first + count, dtype=torch.int32, device=device)

@@ -1,0 +1,39 @@
+"""Compiled kernels with an eager way out: what to do where there is no C++ compiler or no Triton."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from zo_lightning.engine.messages import say_once
+
+SWITCH = "ZO_LIGHTNING_COMPILE"
+"""Environment variable: "0" keeps every kernel eager."""
+
+
+@functools.cache
+def available(device_type: str) -> bool:
+    """Whether torch.compile works on this kind of device here; found out once, by compiling an addition."""
+    if os.environ.get(SWITCH, "1") == "0":
+        return False
+    try:
+        probe = torch.compile(lambda x: x + 1, dynamic=True)
+        probe(torch.zeros(3, device=device_type))
+    except Exception as error:  # whatever inductor, the C++ compiler or Triton raise: each means "not here"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        say_once(
+            "compile",
+            f"torch.compile does not work here on {device_type} ({type(error).__name__}: {reason}), so the noise kernels run eagerly: same "
+            f"values, slower steps. Install a C++ compiler (CPU) or Triton (GPU), or set {SWITCH}=0 to silence this.",
+        )
+        return False
+    return True
+
+
+def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` compiled for any length, at its first call."""
+    return torch.compile(function, dynamic=True, fullgraph=True)

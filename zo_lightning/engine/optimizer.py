@@ -1,0 +1,328 @@
+"""ZOOptimizer: forward-only optimization as a torch.optim.Optimizer."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zo_lightning.engine.advice import usual_lr
+from zo_lightning.engine.estimators import Displacement, Estimator, Term
+from zo_lightning.engine.evaluation import Closure, Evaluator, Muted
+from zo_lightning.engine.messages import say_once
+from zo_lightning.engine.noise import Noise
+from zo_lightning.engine.options import DEFAULT_LR, EngineOptions, as_estimator, as_noise, as_safeguard, check_number
+from zo_lightning.engine.parallel import Exchange
+from zo_lightning.engine.parameters import collect, names_of, signature, split_input
+from zo_lightning.engine.report import Estimate, StepReport, float32_spacing
+from zo_lightning.engine.residency import InPlace, Residency, build_residency
+from zo_lightning.engine.safeguard import Safeguard
+from zo_lightning.engine.seeds import evaluation_seed, query_seed
+from zo_lightning.engine.updates import SGD, GroupSettings
+
+STATE_VERSION = 1
+ZERO_STEPS = 20
+"""After so many steps without any difference between the points, the user is told."""
+
+
+class _Window:
+    """What was accumulated since the last update: the points, and one value each."""
+
+    def __init__(self, points: list[Displacement]) -> None:
+        self.points = points
+        self.totals: list[Tensor] | None = None
+        self.micro_batches = 0
+        self.seconds = 0.0
+
+    def add(self, losses: list[Tensor], weight: float) -> None:
+        scaled = [loss * weight for loss in losses]
+        self.totals = scaled if self.totals is None else [a + b.to(a.device) for a, b in zip(self.totals, scaled, strict=True)]
+
+
+class ZOOptimizer(torch.optim.Optimizer):
+    r"""Minimise a loss by forward passes only: theta <- (1 - lr wd) theta - lr g z, g from the losses at theta +- eps z.
+
+    `step(closure)` evaluates the closure at every point of the estimator and updates; `estimate(closure)` (once a micro-batch) and `apply()`
+    are its halves. The closure returns the loss: a scalar tensor or a float. It runs under no_grad and must not call backward.
+
+    Args:
+        params: a module, tensors, (name, tensor) pairs, or parameter groups with their own lr, eps and weight_decay. Frozen tensors are
+            left alone. Names decide the noise: a module or names make it independent of the order of parameters.
+        lr: learning rate. eps: perturbation scale, in the unit of the weights. weight_decay: decoupled.
+        noise: "rademacher" or "gaussian", or a `Noise`.
+        estimator: an `Estimator`; None is `SPSA(queries=1)`.
+        weights: "exact", "copy", "inplace" or "auto": how perturbed weights come to exist (docs/architecture.md).
+        seed: of the run; perturbations and dropout masks are functions of (seed, step).
+        dropout: False switches Dropout modules off during evaluations, as MeZO's eval mode does.
+        clip: bound on the absolute projected gradient of each query.
+        safeguard: "stop", "halve", "warn", None or a `Safeguard`.
+        max_nonfinite: consecutive steps with a non-finite loss before FloatingPointError; such steps are skipped and counted.
+        module: the module whose forward the closure evaluates, where `params` is not one.
+
+    Raises ValueError for options out of range, for tensors that can't be trained, and where nothing is trainable.
+
+    SPSA: Spall 1992. Fine-tuning: MeZO, Malladi et al. 2023, arXiv 2305.17333.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = DEFAULT_LR,
+        *,
+        eps: float = 1e-3,
+        weight_decay: float = 0.0,
+        noise: str | Noise = "rademacher",
+        estimator: str | Estimator | None = None,
+        weights: str = "auto",
+        seed: int = 0,
+        dropout: bool = True,
+        clip: float | None = None,
+        safeguard: str | Safeguard | None = "stop",
+        max_nonfinite: int = 20,
+        module: nn.Module | None = None,
+    ) -> None:
+        EngineOptions(lr, eps, seed, noise, estimator, weights, weight_decay, dropout, clip, safeguard, max_nonfinite).validate()
+        found, groups, given = split_input(params)
+        self.module = module if module is not None else found
+        self._names = {**(names_of(self.module) if self.module is not None else {}), **given}
+        self.noise, self.estimator = as_noise(noise), as_estimator(estimator)
+        self.weights, self.seed = weights, seed
+        self.rule = SGD(clip)
+        self.safeguard = as_safeguard(safeguard)
+        self.max_nonfinite = max_nonfinite
+        self.exchange = Exchange()
+        self.steps = self.skipped_steps = self.zero_difference_steps = 0
+        self._nonfinite_run = self._zero_run = 0
+        self._evaluator = Evaluator(self.module, dropout)
+        self._window: _Window | None = None
+        self._residency: Residency | None = None
+        self._signature: tuple[Any, ...] = ()
+        self.report: StepReport | None = None
+        super().__init__(groups, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
+        self._check_trainable()
+
+    def _check_trainable(self) -> None:
+        if not collect(self.param_groups, self._names):
+            raise ValueError(
+                "There is no trainable parameter: every tensor is frozen (requires_grad=False) or not floating point. Unfreeze what should be "
+                "trained, or add adapters."
+            )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group (torch.optim); its lr, eps and weight_decay are checked."""
+        for name, allowed, good in _GROUP_CHECKS:
+            if name in param_group and not isinstance(param_group[name], Tensor):
+                check_number(name, param_group[name], allowed, good)
+        super().add_param_group(param_group)
+
+    @property
+    def eps(self) -> float:
+        """Perturbation scale of the first group."""
+        return float(self.param_groups[0]["eps"])
+
+    @property
+    def forward_passes(self) -> int:
+        """Evaluations of the closure since the run began."""
+        return self._evaluator.count
+
+    @property
+    def residency(self) -> Residency:
+        """How perturbed weights come to exist; decided at the first step, and again when tensors are added, frozen, moved or replaced."""
+        now = signature(self.param_groups)
+        if self._residency is None or now != self._signature:
+            trained = collect(self.param_groups, self._names)
+            if any(p.tensor.dtype in (torch.float16, torch.bfloat16) for p in trained):
+                say_once("16bit", _SIXTEEN_BIT)
+            if any(p.tensor._backward_hooks or p.tensor._post_accumulate_grad_hooks for p in trained):
+                say_once("grad_hooks", "Hooks on the gradients of parameters never run: forward-only training computes no gradient.")
+            self._residency = build_residency(self.weights, self.module, trained, self.noise)
+            self._signature = now
+        return self._residency
+
+    def usual_lr(self) -> str:
+        """The learning rates that usually work for what is trained here, in words."""
+        return usual_lr(collect(self.param_groups, self._names))
+
+    def estimate(
+        self,
+        closure: Closure,
+        *,
+        weight: float = 1.0,
+        muted: Muted = nullcontext,
+        loss_of: Callable[[Any], Any] = lambda output: output,
+    ) -> Estimate:
+        """Evaluate one micro-batch at all points of this step and add weight * loss of each to the window.
+
+        The weights are unperturbed again on return, also after an exception. Evaluations other than the first run inside `muted()`.
+        `loss_of` takes the loss from what the closure returned; None skips the micro-batch.
+        Raises TypeError or ValueError for a loss that is not one real number, RuntimeError where the closure calls backward.
+        """
+        began = time.perf_counter()
+        if self._window is None:
+            self._window = _Window(self.estimator.points(lambda query: query_seed(self.seed, self.steps, query)))
+        window = self._window
+        eps = [float(group["eps"]) for group in self.param_groups]
+        seed = evaluation_seed(self.seed, self.steps, window.micro_batches, self.exchange.rank)
+        output, losses = self._evaluator.evaluate(closure, window.points, self.residency, eps, seed, muted, loss_of)
+        window.micro_batches += 1
+        if losses:
+            window.add(losses, weight)
+        window.seconds += time.perf_counter() - began
+        if not losses:
+            return Estimate(None, None)
+        return Estimate(output, torch.stack(losses).mean() * weight)
+
+    @torch.no_grad()
+    def apply(self) -> StepReport | None:
+        """Turn the window's values into terms, once, and make the update; None where nothing was accumulated on any rank.
+
+        A non-finite value skips the update; FloatingPointError after `max_nonfinite` such steps in a row. DivergenceError by the safeguard.
+        """
+        began = time.perf_counter()
+        window, self._window = self._window, None
+        values = self._values(window)
+        if window is None or values is None:
+            return None
+        finite = all(math.isfinite(value) for value in values)
+        terms = self.estimator.terms(window.points, values) if finite else []
+        lr = self._lr(self.param_groups[0])
+        if finite:
+            steps = [self.rule.step(terms, self._settings(group)) for group in self.param_groups]
+            self.residency.update([term.seed for term in terms], steps)
+        elif isinstance(self._residency, InPlace):
+            self._residency.restore()
+        seconds = window.seconds + time.perf_counter() - began
+        self.report = self._make_report(window, values, terms, lr, seconds)
+        self.steps += 1
+        self._keep_count(self.report)
+        return self.report
+
+    def step(self, closure: Closure | None = None) -> Tensor | None:  # type: ignore[override]
+        """`estimate(closure)` and `apply()`; the mean of the losses at the points. Without a closure, `apply()` alone."""
+        if closure is None:
+            self.apply()
+            return None
+        residency = self.residency
+        if isinstance(residency, InPlace):
+            residency.defer_restore = True
+        try:
+            loss = self.estimate(closure).loss
+            self.apply()
+        finally:
+            if isinstance(residency, InPlace):
+                residency.defer_restore = False
+                residency.restore()
+        return loss
+
+    def discard(self) -> None:
+        """Drop what was accumulated since the last update."""
+        self._window = None
+
+    def _values(self, window: _Window | None) -> list[float] | None:
+        """One value a point, the same on every rank."""
+        totals = None if window is None else window.totals
+        if self.exchange.world_size == 1:
+            return None if totals is None else torch.stack(totals).tolist()
+        points = self.estimator.points(lambda query: query_seed(self.seed, self.steps, query))
+        mine = torch.stack(totals) if totals is not None else torch.zeros(len(points), dtype=torch.float64)
+        present = torch.ones(1, dtype=torch.float64, device=mine.device) * (totals is not None)
+        *mean, share = self.exchange.mean(torch.cat([mine, present])).tolist()
+        return mean if share > 0 else None
+
+    def _lr(self, group: dict[str, Any]) -> float:
+        return float(group["lr"]) * (self.safeguard.scale if self.safeguard else 1.0)
+
+    def _settings(self, group: dict[str, Any]) -> GroupSettings:
+        return GroupSettings(self._lr(group), float(group["eps"]), float(group["weight_decay"]))
+
+    def _make_report(self, window: _Window, values: list[float], terms: list[Term], lr: float, seconds: float) -> StepReport:
+        plus, minus = self.estimator.sides(values)
+        difference = max((abs(term.slope) for term in terms), default=math.nan) * 2 * max(1, len(terms))
+        return StepReport(
+            step=self.steps,
+            values=tuple(values),
+            loss=math.fsum(values) / len(values) if terms else math.nan,
+            loss_plus=plus,
+            loss_minus=minus,
+            projected_grad=math.fsum(self.rule.projected(terms, self.eps)) if terms else math.nan,
+            eps=self.eps,
+            lr=lr,
+            forward_passes=self.forward_passes,
+            skipped=not terms,
+            zero_difference=bool(terms) and not any(term.slope for term in terms),
+            resolution=difference / float32_spacing(max(abs(plus), abs(minus))) if terms else math.nan,
+            seconds=seconds,
+        )
+
+    def _keep_count(self, report: StepReport) -> None:
+        self.skipped_steps += report.skipped
+        self._nonfinite_run = self._nonfinite_run + 1 if report.skipped else 0
+        if self._nonfinite_run >= self.max_nonfinite:
+            raise FloatingPointError(
+                f"The loss was not finite in {self._nonfinite_run} steps in a row (last: {report.values}); max_nonfinite={self.max_nonfinite}. "
+                "No update was made in them. Lower eps or lr, use float32 or bfloat16 instead of float16, or look at the data."
+            )
+        self.zero_difference_steps += report.zero_difference
+        self._zero_run = self._zero_run + 1 if report.zero_difference else 0
+        if self._zero_run == ZERO_STEPS:
+            say_once("zero_difference", _NO_DIFFERENCE)
+        if self.safeguard is not None and not report.skipped:
+            self.safeguard.watch(report.loss, float(self.param_groups[0]["lr"]), self.usual_lr())
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's state, and under "zo" what a resumed run needs to continue bit for bit."""
+        state: dict[str, Any] = super().state_dict()
+        state["zo"] = {
+            "version": STATE_VERSION,
+            "seed": self.seed,
+            "steps": self.steps,
+            "forward_passes": self.forward_passes,
+            "skipped_steps": self.skipped_steps,
+            "zero_difference_steps": self.zero_difference_steps,
+            "nonfinite_run": self._nonfinite_run,
+            "zero_run": self._zero_run,
+            "safeguard": None if self.safeguard is None else self.safeguard.state_dict(),
+            "noise": self.noise.name,
+        }
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned. ValueError for the state of another optimizer or noise."""
+        zo = state_dict.get("zo")
+        if zo is None:
+            raise ValueError("The state is not that of a ZOOptimizer (it has no 'zo' entry): it was saved by another optimizer.")
+        if zo["version"] != STATE_VERSION:
+            raise ValueError(f"The state has version {zo['version']}; this release reads version {STATE_VERSION}.")
+        if zo["noise"] != self.noise.name:
+            raise ValueError(f"noise={self.noise.name!r}, but the state was saved with noise={zo['noise']!r}. Resume with the same noise.")
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "zo"})
+        self.seed, self.steps = zo["seed"], zo["steps"]
+        self.skipped_steps, self.zero_difference_steps = zo["skipped_steps"], zo["zero_difference_steps"]
+        self._nonfinite_run, self._zero_run = zo["nonfinite_run"], zo["zero_run"]
+        self._evaluator.count = zo["forward_passes"]
+        if self.safeguard is not None and zo["safeguard"] is not None:
+            self.safeguard.load_state_dict(zo["safeguard"])
+        self.discard()
+
+
+_GROUP_CHECKS = (
+    ("lr", ">= 0", lambda x: x >= 0),
+    ("eps", "> 0", lambda x: x > 0),
+    ("weight_decay", ">= 0", lambda x: x >= 0),
+)
+
+_SIXTEEN_BIT = (
+    "Some trained weights are 16-bit, and updates round to the nearest representable value: steps smaller than half a unit in the last place "
+    "are lost (at lr 1e-7 most of them). Keep the trained weights in float32 (autocast or bf16-mixed is fine) for exact updates."
+)
+
+_NO_DIFFERENCE = (
+    f"The objective had the same value at every point in {ZERO_STEPS} steps in a row, so nothing was learned in them. Either it changes in "
+    "steps (accuracy on a small batch: use a larger batch or eps), it is computed in too low a precision, or the perturbation does not reach "
+    "the model (a compiled, exported or cached copy of it is evaluated)."
+)

@@ -1,0 +1,111 @@
+"""The engine's options, with the same names and defaults under every host."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from zo_lightning.engine.estimators import ESTIMATORS, SPSA, Estimator
+from zo_lightning.engine.messages import choose
+from zo_lightning.engine.noise import NOISES, Noise
+from zo_lightning.engine.residency import WEIGHTS
+from zo_lightning.engine.safeguard import Safeguard
+
+if TYPE_CHECKING:
+    from zo_lightning.engine.optimizer import ZOOptimizer
+
+DEFAULT_LR = 1e-6
+"""MeZO's learning rate for all weights (arXiv 2305.17333), used where neither the user nor the host has one."""
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What `ZOOptimizer`, `ZOStrategy` and `ZOConfig` take; `lr` and `weight_decay` None mean the host's own."""
+
+    lr: float | None = None
+    eps: float = 1e-3
+    seed: int = 0
+    noise: str | Noise = "rademacher"
+    estimator: str | Estimator | None = None
+    weights: str = "auto"
+    weight_decay: float | None = None
+    dropout: bool = True
+    clip: float | None = None
+    safeguard: str | Safeguard | None = "stop"
+    max_nonfinite: int = 20
+
+    def validate(self) -> None:
+        """Raise ValueError that names the option, its value and what is allowed."""
+        check_number("eps", self.eps, "> 0", lambda x: x > 0)
+        if self.lr is not None:
+            check_number("lr", self.lr, ">= 0", lambda x: x >= 0)
+        if self.weight_decay is not None:
+            check_number("weight_decay", self.weight_decay, ">= 0", lambda x: x >= 0)
+        if self.clip is not None:
+            check_number("clip", self.clip, "> 0, or None", lambda x: x > 0)
+        for name, least in (("seed", 0), ("max_nonfinite", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"Invalid {name}: {value!r}. Must be an integer >= {least}.")
+        if not isinstance(self.dropout, bool):
+            raise ValueError(f"Invalid dropout: {self.dropout!r}. Must be True (as the model is set) or False (Dropout modules off).")
+        choose("weights", self.weights, WEIGHTS)
+        as_noise(self.noise)
+        as_estimator(self.estimator)
+        as_safeguard(self.safeguard)
+
+    def build(
+        self, params: Any, *, module: nn.Module | None = None, lr: float | None = None, weight_decay: float | None = None
+    ) -> ZOOptimizer:
+        """The optimizer; `lr` and `weight_decay` are the host's, used where the option is None."""
+        from zo_lightning.engine.optimizer import ZOOptimizer
+
+        lr = self.lr if self.lr is not None else lr
+        decay = self.weight_decay if self.weight_decay is not None else weight_decay
+        return ZOOptimizer(
+            params,
+            DEFAULT_LR if lr is None else lr,
+            weight_decay=0.0 if decay is None else decay,
+            module=module,
+            **self.keywords(),
+        )
+
+    def keywords(self) -> dict[str, Any]:
+        """What `ZOOptimizer` takes beside params, lr, weight_decay and module."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("lr", "weight_decay")}
+
+
+def check_number(name: str, value: Any, allowed: str, good: Any) -> None:
+    """Raise ValueError unless `value` is a finite number for which `good` holds."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if isinstance(value, bool) or not math.isfinite(number) or not good(number):
+        raise ValueError(f"Invalid {name}: {value!r}. Must be a finite number {allowed}.")
+
+
+def as_noise(noise: str | Noise) -> Noise:
+    """The noise object for a name or an object."""
+    return noise if isinstance(noise, Noise) else choose("noise", noise, NOISES)()  # type: ignore[operator,no-any-return]
+
+
+def as_estimator(estimator: str | Estimator | None) -> Estimator:
+    """The estimator for a name, an object, or None (SPSA with one query)."""
+    if estimator is None:
+        return SPSA()
+    return estimator if isinstance(estimator, Estimator) else choose("estimator", estimator, ESTIMATORS)()  # type: ignore[operator,no-any-return]
+
+
+def as_safeguard(safeguard: str | Safeguard | None) -> Safeguard | None:
+    """A safeguard of its own for each optimizer, so that runs do not share their history."""
+    if safeguard is None:
+        return None
+    if isinstance(safeguard, Safeguard):
+        return Safeguard(safeguard.window, safeguard.tolerance, safeguard.action)
+    if not isinstance(safeguard, str):
+        raise ValueError(f"Invalid safeguard: {safeguard!r}. Use 'stop', 'halve', 'warn', None, or a Safeguard(...).")
+    return Safeguard(action=safeguard)

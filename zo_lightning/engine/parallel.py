@@ -1,0 +1,43 @@
+"""Who evaluates what, and the exchange of scalars: a step communicates one number a point, never a gradient."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Exchange:
+    """One process: values are what this process measured."""
+
+    rank = 0
+    world_size = 1
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over ranks of a one-dimensional float64 tensor."""
+        return values
+
+
+class DataParallel(Exchange):
+    """Ranks see different data and the same z: values are averaged in float64, summed in the order of ranks on every rank."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None, device: torch.device | None = None) -> None:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise ValueError("DataParallel needs an initialized torch.distributed process group; launch with torchrun or a host's launcher.")
+        self.group = group
+        self.device = device or torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+        self.rank = dist.get_rank(group)
+        self.world_size = dist.get_world_size(group)
+
+    def mean(self, values: Tensor) -> Tensor:
+        mine = values.to(self.device, torch.float64)
+        gathered = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(gathered, mine, group=self.group)
+        return torch.stack(gathered).sum(0) / self.world_size
+
+
+def broadcast_parameters(tensors: list[Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Give every rank the tensors of rank 0."""
+    with torch.no_grad():
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), 0, group=group)

@@ -1,0 +1,149 @@
+"""Which tensors are trained: stable names and keys, groups, tied, frozen and unusual weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from zo_lightning.engine.seeds import parameter_key
+
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """One trained tensor: its canonical name and key, the group whose lr, eps and decay it has, and every parameter tied to it."""
+
+    name: str
+    key: int
+    tensor: Tensor
+    group: int
+    aliases: tuple[Tensor, ...]
+
+
+def canonical_names(names: Sequence[str]) -> list[str]:
+    """Names without wrapper prefixes and without their longest common module prefix.
+
+    The same model then has the same names bare, compiled, under DDP or FSDP, in a LightningModule and in a Trainer.
+    """
+    parts = [[part for part in name.split(".") if part not in _WRAPPERS] for name in names]
+    bare = [[part for part in name if part != "module"] or name for name in parts]
+    if len({tuple(name) for name in bare}) == len(bare):
+        parts = bare
+    while parts and all(len(name) > 1 for name in parts) and len({name[0] for name in parts}) == 1:
+        parts = [name[1:] for name in parts]
+    return [".".join(name) for name in parts]
+
+
+def names_of(module: nn.Module) -> dict[int, str]:
+    """id(parameter) -> canonical name, for every parameter of `module`, trained or not; a tied parameter has its first name."""
+    named = list(module.named_parameters())
+    canonical = canonical_names([name for name, _ in named])
+    return {id(parameter): name for (_, parameter), name in zip(named, canonical, strict=True)}
+
+
+def split_input(params: Any) -> tuple[nn.Module | None, list[dict[str, Any]], dict[int, str]]:
+    """(module, torch parameter groups, names given by the user) from whatever `ZOOptimizer` was handed."""
+    if isinstance(params, nn.Module):
+        return params, [{"params": list(params.parameters())}], {}
+    if isinstance(params, Tensor):
+        raise TypeError("params must be a module or an iterable of tensors, named tensors or groups; it is a single tensor. Use [tensor].")
+    entries = list(params)
+    if not entries:
+        raise ValueError("params is empty: there is nothing to train. Pass a module, its parameters, or parameter groups.")
+    groups = entries if all(isinstance(entry, Mapping) for entry in entries) else [{"params": entries}]
+    names: dict[int, str] = {}
+    plain = []
+    for group in groups:
+        members = group["params"]
+        members = [members] if isinstance(members, Tensor) else list(members)
+        tensors = []
+        for member in members:
+            if isinstance(member, tuple):
+                name, member = member
+                names[id(member)] = str(name)
+            tensors.append(member)
+        plain.append({**group, "params": tensors})
+    return None, plain, names
+
+
+def collect(groups: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> list[Trained]:
+    """The trained tensors of torch parameter groups, in order. Frozen and integer tensors are left out.
+
+    Raises ValueError where a tensor that should be trained can't be: on the meta device, complex, sparse, quantized or otherwise wrapped,
+    partly sharing memory with another one, or under a name that is taken.
+    """
+    tied: dict[tuple[Any, ...], list[Tensor]] = {}
+    order: list[tuple[tuple[Any, ...], str, int]] = []
+    position = 0
+    for index, group in enumerate(groups):
+        for tensor in group["params"]:
+            name = names.get(id(tensor), f"unnamed.{position}")
+            position += 1
+            if not tensor.requires_grad or not (tensor.is_floating_point() or tensor.is_complex()):
+                continue
+            _check(name, tensor)
+            place = (tensor.data_ptr() if tensor.numel() else id(tensor), tensor.shape, tensor.stride(), tensor.dtype)
+            if place not in tied:
+                tied[place] = []
+                order.append((place, name, index))
+            tied[place].append(tensor)
+    trained = [Trained(name, parameter_key(name), tied[place][0], index, tuple(tied[place])) for place, name, index in order]
+    _check_names(trained)
+    _check_overlap(trained)
+    return trained
+
+
+def _check(name: str, tensor: Tensor) -> None:
+    problem = None
+    if tensor.is_meta:
+        problem = "is on the meta device, so it has no values (offloaded by accelerate, or never loaded); load the weights first"
+    elif is_traceable_wrapper_subclass(tensor):
+        problem = f"is a {type(tensor).__name__}, which can't be perturbed as it is; freeze it, or train adapters on top of it"
+    elif tensor.is_complex():
+        problem = f"has the complex dtype {tensor.dtype}; train its real view (torch.view_as_real)"
+    elif tensor.layout != torch.strided:
+        problem = f"has layout {tensor.layout}; only dense tensors can be perturbed"
+    elif tensor.dtype.itemsize < 2:
+        problem = f"has dtype {tensor.dtype}; float16, bfloat16, float32 and float64 weights can be trained"
+    if problem:
+        raise ValueError(f"Parameter {name!r} {problem}, or set requires_grad=False to leave it alone.")
+
+
+def _check_names(trained: Sequence[Trained]) -> None:
+    seen: dict[int, Trained] = {}
+    for parameter in trained:
+        other = seen.setdefault(parameter.key, parameter)
+        if other is not parameter:
+            raise ValueError(f"Two different parameters are called {parameter.name!r}: they would share their noise. Give them other names.")
+
+
+def _check_overlap(trained: Sequence[Trained]) -> None:
+    spans = []
+    for parameter in trained:
+        tensor = parameter.tensor
+        if tensor.numel() and tensor.is_contiguous():
+            spans.append((str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, parameter.name))
+    spans.sort()
+    for (device, _, end, name), (other_device, begin, _, other) in zip(spans, spans[1:], strict=False):
+        if device == other_device and begin < end:
+            raise ValueError(f"Parameters {name!r} and {other!r} share a part of their memory: it would be perturbed twice. Train one view.")
+
+
+def signature(groups: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
+    """Changes when `collect` could give another answer: tensors added, frozen, moved, cast or replaced."""
+    return tuple(
+        (id(p), p.requires_grad, p.dtype, p.device, p.shape, 0 if p.is_meta or is_traceable_wrapper_subclass(p) else p.data_ptr())
+        for group in groups
+        for p in group["params"]
+    )
+
+
+def total_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct tensors among `tensors`."""
+    return sum(t.nbytes for t in {id(t): t for t in tensors}.values())

@@ -1,0 +1,51 @@
+"""What a step measured and did: the records that hosts and callbacks read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One micro-batch: `output` is what the closure returned at the first point, `loss` the float64 mean of weight * loss over points.
+
+    Both are None where the closure gave no loss.
+    """
+
+    output: Any
+    loss: Tensor | None
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step. Losses are in the objective's unit, averaged over ranks; `projected_grad` is (l+ - l-) / (2 eps), mean over queries."""
+
+    step: int
+    values: tuple[float, ...]
+    loss: float
+    loss_plus: float
+    loss_minus: float
+    projected_grad: float
+    eps: float
+    lr: float
+    forward_passes: int
+    """Evaluations of the closure since the run began."""
+    skipped: bool
+    """A value was not finite: no update."""
+    zero_difference: bool
+    """All differences were exactly zero: nothing but weight decay was applied."""
+    resolution: float
+    """|l+ - l-| in units of the float32 spacing at the loss: below some tens the difference is rounding."""
+    seconds: float
+    """Wall time of the step's evaluations and update."""
+
+
+def float32_spacing(value: float) -> float:
+    """The distance from |value| to the next float32."""
+    if not math.isfinite(value):
+        return math.nan
+    return 2.0 ** (max(math.frexp(abs(value))[1], -125) - 24)

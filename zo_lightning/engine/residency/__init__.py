@@ -1,0 +1,8 @@
+"""How perturbed weights come to exist for one forward pass: on scratch copies, or in place."""
+
+from zo_lightning.engine.residency.base import Residency
+from zo_lightning.engine.residency.choose import WEIGHTS, build_residency
+from zo_lightning.engine.residency.inplace import InPlace
+from zo_lightning.engine.residency.scratch import Copy, Exact
+
+__all__ = ["WEIGHTS", "Copy", "Exact", "InPlace", "Residency", "build_residency"]

@@ -1,0 +1,65 @@
+"""What every residency does: show a displaced point to forward passes, put the weights back, apply an update."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+
+from torch import nn
+
+from zo_lightning.engine.estimators import Displacement
+from zo_lightning.engine.noise import Item, Noise, sweep
+from zo_lightning.engine.parameters import Trained
+from zo_lightning.engine.signals import held
+
+
+class Residency(ABC):
+    """The trained tensors of a model and the noise; `eps` is read anew from the groups for each step."""
+
+    name: str
+
+    def __init__(self, module: nn.Module | None, trained: Sequence[Trained], noise: Noise) -> None:
+        self.module = module
+        self.trained = list(trained)
+        self.noise = noise
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Around the evaluations of one micro-batch; the weights are the unperturbed ones on the way out, whatever happened."""
+        yield
+
+    @abstractmethod
+    def at(self, point: Displacement, eps: Sequence[float]) -> AbstractContextManager[None]:
+        """Inside it, forward passes see theta + sum_j m_j eps z(s_j); `eps` has one value a group."""
+
+    def reached(self) -> bool:
+        """Whether the evaluations so far could see a perturbation at all."""
+        return True
+
+    def needs_probe(self) -> bool:
+        """Whether the next evaluation must be preceded by one inside `probe()`."""
+        return False
+
+    def probe(self) -> AbstractContextManager[None]:
+        """Around one forward pass that is thrown away, in which the residency learns how the model reads its weights."""
+        return self.session()
+
+    def update(self, seeds: Sequence[int], steps: Sequence[tuple[float, tuple[float, ...]]]) -> None:
+        """theta <- decay theta + sum_j c_j z(s_j), with (decay, c) of each group; not interrupted by signals."""
+        items = []
+        for parameter in self.trained:
+            decay, coefficients = steps[parameter.group]
+            if decay != 1.0 or any(coefficients):
+                weights = parameter.tensor.detach()
+                items.append(Item(weights, weights, parameter.key, decay, coefficients))
+        with held():
+            sweep(items, seeds, self.noise)
+
+
+def displaced(parameters: Sequence[Trained], outs: Sequence[object], point: Displacement, eps: Sequence[float]) -> list[Item]:
+    """Items that write theta + sum_j m_j eps z(s_j) into `outs`."""
+    return [
+        Item(out, p.tensor.detach(), p.key, 1.0, tuple(multiple * eps[p.group] for _, multiple in point))  # type: ignore[arg-type]
+        for p, out in zip(parameters, outs, strict=True)
+    ]

@@ -1,0 +1,66 @@
+"""Which residency `weights=` means for a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from zo_lightning.engine.messages import choose, say_once
+from zo_lightning.engine.noise import Noise
+from zo_lightning.engine.parameters import Trained, total_bytes
+from zo_lightning.engine.residency.base import Residency
+from zo_lightning.engine.residency.inplace import InPlace
+from zo_lightning.engine.residency.scratch import Copy, Exact
+from zo_lightning.engine.residency.units import repeated_blocks
+
+SMALL_BYTES = 16 << 20
+"""Trainable sets up to this size are copied whole."""
+
+WEIGHTS: dict[str, object] = {"auto": None, "exact": Exact, "copy": Copy, "inplace": InPlace}
+
+
+def build_residency(weights: str, module: nn.Module | None, trained: Sequence[Trained], noise: Noise) -> Residency:
+    """The residency called `weights`; "auto" takes copy where little is trained, exact where there are blocks, else in place.
+
+    Raises ValueError for an unknown name, for "exact" without a module, and for "exact" on a compiled model.
+    """
+    kind = choose("weights", weights, WEIGHTS)
+    if kind is None:
+        return _auto(module, trained, noise)
+    if kind is Exact:
+        if module is None:
+            raise ValueError('weights="exact" needs the model: pass it as ZOOptimizer(model, ...) or module=model, or use weights="copy".')
+        compiled = compiled_part(module)
+        if compiled is not None:
+            raise ValueError(
+                f'weights="exact" works through hooks, which a compiled module ({compiled}) never runs. Use weights="inplace" or "copy" '
+                "with torch.compile, or do not compile."
+            )
+        return Exact(module, trained, noise)
+    return kind(module, trained, noise)  # type: ignore[operator,no-any-return]
+
+
+def _auto(module: nn.Module | None, trained: Sequence[Trained], noise: Noise) -> Residency:
+    size = total_bytes(p.tensor for p in trained)
+    whole = total_bytes(module.parameters()) if module is not None else size
+    if size <= SMALL_BYTES or size * 20 <= whole:
+        return Copy(module, trained, noise)
+    if module is None:
+        why = "the model is not known (pass ZOOptimizer(model, ...) or module=model)"
+    elif compiled_part(module) is not None:
+        why = "the model is compiled"
+    elif not repeated_blocks(module):
+        why = "the model has no repeated blocks"
+    else:
+        return Exact(module, trained, noise)
+    say_once("weights.auto", f'weights="auto" perturbs the weights in place, because {why}: they return up to rounding, not bit for bit.')
+    return InPlace(module, trained, noise)
+
+
+def compiled_part(module: nn.Module) -> str | None:
+    """The name of a submodule under torch.compile, if there is one."""
+    for name, child in module.named_modules():
+        if type(child).__name__ == "OptimizedModule" or getattr(child, "_compiled_call_impl", None) is not None:
+            return f"{name or type(child).__name__!r}"
+    return None
