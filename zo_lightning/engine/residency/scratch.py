@@ -87,7 +87,7 @@ class _OnScratch(Residency):
         self._scratch = Scratch()
         self._away: set[int] = set()
         self.materialized = 0
-        """How often a unit was written to scratch so far: 0 after an evaluation means that no perturbation reached the model."""
+        """How many units the last evaluation wrote to scratch: 0 means that no perturbation reached the model."""
 
     def reached(self) -> bool:
         return self.materialized > 0
@@ -178,6 +178,7 @@ class Exact(_OnScratch):
     @contextmanager
     def at(self, point: Displacement, eps: Sequence[float]) -> Iterator[None]:
         self._point = (point, eps)
+        self.materialized = 0
         with ExitStack() as whole:
             for unit in self.units:
                 if unit.module is None:
@@ -189,6 +190,7 @@ class Exact(_OnScratch):
                 self._close_all()
 
     def _enter(self, unit: Unit) -> Callable[..., None]:
+        @torch.compiler.disable  # a compiled version of the model calls it between its graphs
         def hook(module: nn.Module, args: Any) -> None:
             if self._point is not None:
                 stack = ExitStack()
@@ -197,6 +199,7 @@ class Exact(_OnScratch):
 
         return hook
 
+    @torch.compiler.disable
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         stacks = self._open.get(module)
         if stacks:
