@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from zo_lightning.engine.options import EngineOptions
 from zo_lightning.engine.optimizer import ZOOptimizer
+from zo_lightning.engine.options import EngineOptions
 from zo_lightning.engine.report import StepReport
 
 

@@ -17,8 +17,8 @@ _MEANS = ("loss_plus", "loss_minus", "projected_grad", "step_seconds", "resoluti
 class ZOMonitor(ZOCallback):
     """Logs, each time the host logs, under the prefix "zo/" (docs/metrics.md says what each chart tells):
 
-    - means over the steps since the last time: `loss_plus`, `loss_minus`, `projected_grad`, `step_seconds`, and `resolution`, the difference
-      of the losses over the float32 spacing at the loss; `projected_grad_rms`, its root mean square;
+    - means over the steps since the last time: `loss_plus`, `loss_minus`, `projected_grad`, `step_seconds`, and `resolution`, the
+      difference of the losses over the float32 spacing at the loss; `projected_grad_rms`, its root mean square;
     - shares of those steps: `zero_difference_share`, `skipped_share`;
     - the state now: `eps`, `lr`, `forward_passes`, `peak_memory_gb` (torch's peak on a GPU, else that of the process; 1e9 bytes).
     """
@@ -29,7 +29,7 @@ class ZOMonitor(ZOCallback):
 
     def on_run_start(self, run: Run) -> None:
         self._reports = []
-        self._device = run.optimizer.param_groups[0]["params"][0].device
+        self._device = next(p.device for group in run.optimizer.param_groups for p in group["params"])
 
     def on_zo_step(self, run: Run, report: StepReport) -> None:
         self._reports.append(report)

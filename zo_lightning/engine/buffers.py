@@ -28,7 +28,7 @@ class Buffers:
     def first_done(self) -> None:
         """Remember the state that the first evaluation left: the one that stays."""
         changing = set() if self._changing is None else self._changing
-        for place, owner, name, buffer in self._all():
+        for place, _owner, _name, buffer in self._all():
             before = self._start.get(place)
             if before is None or before[2] is not buffer or before[3] != buffer._version:
                 self._after[place] = (buffer, buffer.clone())

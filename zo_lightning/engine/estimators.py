@@ -59,9 +59,7 @@ class SPSA(Estimator):
         return [((seed, sign),) for seed in drawn for sign in (1.0, -1.0)]
 
     def terms(self, points: Sequence[Displacement], values: Sequence[float]) -> list[Term]:
-        return [
-            Term(points[2 * i][0][0], (values[2 * i] - values[2 * i + 1]) / (2 * self.queries)) for i in range(self.queries)
-        ]
+        return [Term(points[2 * i][0][0], (values[2 * i] - values[2 * i + 1]) / (2 * self.queries)) for i in range(self.queries)]
 
     def sides(self, values: Sequence[float]) -> tuple[float, float]:
         return sum(values[::2]) / self.queries, sum(values[1::2]) / self.queries

@@ -131,7 +131,7 @@ _BACKWARD = (
 
 
 _NOT_REACHED = (
-    "The perturbation did not reach the model: no module with trained weights ran inside the closure. Evaluate the module that was given to "
+    "The perturbation did not reach the model: no module with trained weights ran in the closure. Evaluate the module that was given to "
     'the optimizer (not a copy, and not through a compiled or exported version of it), or use weights="inplace".'
 )
 

@@ -47,8 +47,8 @@ class _Window:
 class ZOOptimizer(torch.optim.Optimizer):
     r"""Minimise a loss by forward passes only: theta <- (1 - lr wd) theta - lr g z, g from the losses at theta +- eps z.
 
-    `step(closure)` evaluates the closure at every point of the estimator and updates; `estimate(closure)` (once a micro-batch) and `apply()`
-    are its halves. The closure returns the loss: a scalar tensor or a float. It runs under no_grad and must not call backward.
+    `step(closure)` evaluates the closure at every point of the estimator and updates; `estimate(closure)` (once a micro-batch) and
+    `apply()` are its halves. The closure returns the loss: a scalar tensor or a float. It runs under no_grad and must not call backward.
 
     Args:
         params: a module, tensors, (name, tensor) pairs, or parameter groups with their own lr, eps and weight_decay. Frozen tensors are
@@ -109,8 +109,8 @@ class ZOOptimizer(torch.optim.Optimizer):
     def _check_trainable(self) -> None:
         if not collect(self.param_groups, self._names):
             raise ValueError(
-                "There is no trainable parameter: every tensor is frozen (requires_grad=False) or not floating point. Unfreeze what should be "
-                "trained, or add adapters."
+                "There is no trainable parameter: every tensor is frozen (requires_grad=False) or not floating point. Unfreeze what should "
+                "be trained, or add adapters."
             )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -187,6 +187,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         window, self._window = self._window, None
         values = self._values(window)
         if window is None or values is None:
+            self._check_no_gradients()
             return None
         finite = all(math.isfinite(value) for value in values)
         terms = self.estimator.terms(window.points, values) if finite else []
@@ -234,6 +235,14 @@ class ZOOptimizer(torch.optim.Optimizer):
         *mean, share = self.exchange.mean(torch.cat([mine, present])).tolist()
         return mean if share > 0 else None
 
+    def _check_no_gradients(self) -> None:
+        """A loop made for backpropagation, which would go on without ever changing a weight."""
+        if any(p.grad is not None for group in self.param_groups for p in group["params"]):
+            raise RuntimeError(
+                'step() found gradients and no loss: this loop calls backward(). Use strategy="zo" in Lightning, ZOTrainer in place '
+                "of Trainer, or optimizer.step(closure) with a closure that returns the loss."
+            )
+
     def _lr(self, group: dict[str, Any]) -> float:
         return float(group["lr"]) * (self.safeguard.scale if self.safeguard else 1.0)
 
@@ -264,8 +273,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         self._nonfinite_run = self._nonfinite_run + 1 if report.skipped else 0
         if self._nonfinite_run >= self.max_nonfinite:
             raise FloatingPointError(
-                f"The loss was not finite in {self._nonfinite_run} steps in a row (last: {report.values}); max_nonfinite={self.max_nonfinite}. "
-                "No update was made in them. Lower eps or lr, use float32 or bfloat16 instead of float16, or look at the data."
+                f"The loss was not finite in {self._nonfinite_run} steps in a row (last: {report.values}); max_nonfinite="
+                f"{self.max_nonfinite}. No update was made in them. Lower eps or lr, use bfloat16 or float32, or look at the data."
             )
         self.zero_difference_steps += report.zero_difference
         self._zero_run = self._zero_run + 1 if report.zero_difference else 0
@@ -317,12 +326,12 @@ _GROUP_CHECKS = (
 )
 
 _SIXTEEN_BIT = (
-    "Some trained weights are 16-bit, and updates round to the nearest representable value: steps smaller than half a unit in the last place "
-    "are lost (at lr 1e-7 most of them). Keep the trained weights in float32 (autocast or bf16-mixed is fine) for exact updates."
+    "Some trained weights are 16-bit, and updates round to the nearest representable value: steps smaller than half a unit in the last "
+    "place are lost (at lr 1e-7 most of them). Keep the trained weights in float32 (autocast or bf16-mixed is fine) for exact updates."
 )
 
 _NO_DIFFERENCE = (
     f"The objective had the same value at every point in {ZERO_STEPS} steps in a row, so nothing was learned in them. Either it changes in "
-    "steps (accuracy on a small batch: use a larger batch or eps), it is computed in too low a precision, or the perturbation does not reach "
-    "the model (a compiled, exported or cached copy of it is evaluated)."
+    "steps (accuracy on a small batch: use a larger batch or eps), it is computed in too low a precision, or the perturbation does not "
+    "reach the model (a compiled, exported or cached copy of it is evaluated)."
 )

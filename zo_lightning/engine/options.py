@@ -90,14 +90,14 @@ def check_number(name: str, value: Any, allowed: str, good: Any) -> None:
 
 def as_noise(noise: str | Noise) -> Noise:
     """The noise object for a name or an object."""
-    return noise if isinstance(noise, Noise) else choose("noise", noise, NOISES)()  # type: ignore[operator,no-any-return]
+    return noise if isinstance(noise, Noise) else choose("noise", noise, NOISES)()  # type: ignore[operator]
 
 
 def as_estimator(estimator: str | Estimator | None) -> Estimator:
     """The estimator for a name, an object, or None (SPSA with one query)."""
     if estimator is None:
         return SPSA()
-    return estimator if isinstance(estimator, Estimator) else choose("estimator", estimator, ESTIMATORS)()  # type: ignore[operator,no-any-return]
+    return estimator if isinstance(estimator, Estimator) else choose("estimator", estimator, ESTIMATORS)()  # type: ignore[operator]
 
 
 def as_safeguard(safeguard: str | Safeguard | None) -> Safeguard | None:

@@ -23,7 +23,9 @@ class DataParallel(Exchange):
 
     def __init__(self, group: dist.ProcessGroup | None = None, device: torch.device | None = None) -> None:
         if not (dist.is_available() and dist.is_initialized()):
-            raise ValueError("DataParallel needs an initialized torch.distributed process group; launch with torchrun or a host's launcher.")
+            raise ValueError(
+                "DataParallel needs an initialized torch.distributed process group; launch with torchrun or a host's launcher."
+            )
         self.group = group
         self.device = device or torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
         self.rank = dist.get_rank(group)

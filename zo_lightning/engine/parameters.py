@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -120,7 +121,9 @@ def _check_names(trained: Sequence[Trained]) -> None:
     for parameter in trained:
         other = seen.setdefault(parameter.key, parameter)
         if other is not parameter:
-            raise ValueError(f"Two different parameters are called {parameter.name!r}: they would share their noise. Give them other names.")
+            raise ValueError(
+                f"Two different parameters are called {parameter.name!r}: they would share their noise. Give them other names."
+            )
 
 
 def _check_overlap(trained: Sequence[Trained]) -> None:
@@ -130,9 +133,11 @@ def _check_overlap(trained: Sequence[Trained]) -> None:
         if tensor.numel() and tensor.is_contiguous():
             spans.append((str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, parameter.name))
     spans.sort()
-    for (device, _, end, name), (other_device, begin, _, other) in zip(spans, spans[1:], strict=False):
+    for (device, _, end, name), (other_device, begin, _, other) in pairwise(spans):
         if device == other_device and begin < end:
-            raise ValueError(f"Parameters {name!r} and {other!r} share a part of their memory: it would be perturbed twice. Train one view.")
+            raise ValueError(
+                f"Parameters {name!r} and {other!r} share a part of their memory: it would be perturbed twice. Train one view."
+            )
 
 
 def signature(groups: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:

@@ -29,7 +29,7 @@ class HostState:
 
     def seed(self, seed: int) -> None:
         """Put all of them to a state that depends on `seed` alone."""
-        torch.random.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         for index in self._cuda:
             torch.cuda.default_generators[index].manual_seed(seed)
         random.seed(seed)

@@ -20,7 +20,7 @@ class Safeguard:
     """Compares the mean loss of the last `window` steps with that of the first `window`.
 
     Diverging: mean > start + max(tolerance * |start|, 4 * s), with s the standard deviation of the losses of the first window. Judged once
-    per window. `action` "stop" raises DivergenceError, "halve" halves the step (a factor on lr of its own) and says so, "warn" says so once.
+    per window. `action` "stop" raises DivergenceError, "halve" halves the step (its own factor on lr) and says so, "warn" says so once.
     """
 
     window: int = 50
@@ -36,7 +36,9 @@ class Safeguard:
         if not self.tolerance > 0:
             raise ValueError(f"Invalid safeguard tolerance: {self.tolerance!r}. Must be > 0 (share of the loss at the start).")
         if self.action not in ACTIONS:
-            raise ValueError(f"safeguard={self.action!r} is not known. Use one of {', '.join(map(repr, ACTIONS))}, None, or a Safeguard(...).")
+            raise ValueError(
+                f"safeguard={self.action!r} is not known. Use one of {', '.join(map(repr, ACTIONS))}, None, or a Safeguard(...)."
+            )
 
     def watch(self, loss: float, lr: float, usual_lr: str) -> None:
         """Take in the loss of one step; `lr` and the usual range are named in the message. Raises DivergenceError with action "stop"."""
@@ -55,7 +57,7 @@ class Safeguard:
 
     def _act(self, start: float, mean: float, lr: float, usual_lr: str) -> None:
         message = (
-            f"The run diverges: the mean loss of the last {self.window} steps is {mean:.4g}, that of the first {self.window} was {start:.4g}. "
+            f"The run diverges: the mean loss of the last {self.window} steps is {mean:.4g}, that of the first {self.window} {start:.4g}. "
             f"The learning rate is lr={lr * self.scale:.3g}. Usual is {usual_lr}. "
         )
         if self.action == "stop":

@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 class Stretch(NamedTuple):
-    """Elements `start` to `start + count` of the stream in row `row` of a table of keys."""
+    """Elements `first` to `first + length` of the stream in row `row` of a table of keys."""
 
     row: int
-    start: int
-    count: int
+    first: int
+    length: int
 
 
 class Noise(ABC):
@@ -35,12 +35,9 @@ class Noise(ABC):
     def add(self, out: Tensor, base: Tensor, key: Tensor, start: int, scalars: Tensor) -> None:
         """out <- decay * base + c * z[start : start + numel] in one compiled pass, with `scalars` = (decay, c).
 
-        `out` and `base` are one-dimensional and contiguous, and may be the same tensor; `start` is a multiple of `granule`; `key` has
-        shape (3,). The arithmetic is that of `scalars`' dtype: float64 for float64 weights, else float32.
+        `out` and `base` are one-dimensional and contiguous, and may be the same tensor; `start` is a multiple of 2**19; `key` has shape
+        (3,). The arithmetic is that of `scalars`' dtype: float64 for float64 weights, else float32.
         """
-
-    granule: int = 1
-    """Stretches start at multiples of this many elements where the compiled pass is to be used."""
 
 
 def counters(keys: Tensor, stretches: Sequence[tuple[int, int, int]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -63,13 +63,12 @@ class Gaussian(Noise):
     """Independent standard normal values, as MeZO draws them (arXiv 2305.17333); |z| < 5.9 by the 24 bits of the radius."""
 
     name = "gaussian"
-    granule = 2 * HALF
 
     def values(self, keys: Tensor, stretches: Sequence[Stretch], dtype: torch.dtype) -> Tensor:
         pieces = []
         for group in self._within_halves(stretches):
-            second = (group[0].start // HALF) % 2
-            ranges = [(s.row, s.start // (2 * HALF) * HALF + s.start % HALF, s.count) for s in group]
+            second = (group[0].first // HALF) % 2
+            ranges = [(s.row, s.first // (2 * HALF) * HALF + s.first % HALF, s.length) for s in group]
             radius, angle = _polar(*counters(keys, ranges))
             pieces.append(radius * (torch.sin(angle) if second else torch.cos(angle)))
         return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).to(dtype)
@@ -83,7 +82,7 @@ class Gaussian(Noise):
             while start < end:
                 stop = min(end, (start // HALF + 1) * HALF)
                 piece = Stretch(row, start, stop - start)
-                if groups and (groups[-1][0].start // HALF) % 2 == (start // HALF) % 2:
+                if groups and (groups[-1][0].first // HALF) % 2 == (start // HALF) % 2:
                     groups[-1].append(piece)
                 else:
                     groups.append([piece])

@@ -53,7 +53,6 @@ class Rademacher(Noise):
     """Independent signs. E z^2 = E z^4 = 1: exact in every dtype, and the least variance among SPSA's noises (Spall 1992)."""
 
     name = "rademacher"
-    granule = 64
 
     def values(self, keys: Tensor, stretches: Sequence[Stretch], dtype: torch.dtype) -> Tensor:
         blocks = [(row, start // 64, (start + count - 1) // 64 - start // 64 + 1) for row, start, count in stretches]
@@ -61,8 +60,8 @@ class Rademacher(Noise):
         # view(uint8) takes the bytes of a word from the lowest up, as every machine that torch runs on stores them
         signs = _byte_signs(dtype, keys.device).index_select(0, words.view(torch.uint8).int()).view(-1)
         if len(stretches) == 1:
-            skip = stretches[0].start % 64
-            return signs[skip : skip + stretches[0].count]
+            skip = stretches[0].first % 64
+            return signs[skip : skip + stretches[0].length]
         pieces, at = [], 0
         for (_, start, count), (_, _, length) in zip(stretches, blocks, strict=True):
             pieces.append(signs[at + start % 64 : at + start % 64 + count])

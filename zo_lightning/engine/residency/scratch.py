@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -42,9 +42,7 @@ class Scratch:
                 buffers[place] = free.pop(min(fitting, key=lambda i: free[i].numel()))
             else:
                 largest = self._largest.get(place, 0)
-                buffers[place] = torch.empty(
-                    largest if wanted * 8 >= largest > wanted else wanted, device=place[0], dtype=place[1]
-                )
+                buffers[place] = torch.empty(largest if wanted * 8 >= largest > wanted else wanted, device=place[0], dtype=place[1])
         outs, used = [], dict.fromkeys(buffers, 0)
         for p in parameters:
             place = (p.tensor.device, p.tensor.dtype)
@@ -121,7 +119,7 @@ class Copy(_OnScratch):
     name = "copy"
 
     def at(self, point: Displacement, eps: Sequence[float]) -> AbstractContextManager[None]:
-        return self._materialized(self.trained, point, eps) if point else ExitStack()
+        return self._materialized(self.trained, point, eps) if point else nullcontext()
 
 
 class Exact(_OnScratch):
@@ -190,16 +188,16 @@ class Exact(_OnScratch):
                 self._close_all()
 
     def _enter(self, unit: Unit) -> Callable[..., None]:
-        @torch.compiler.disable  # a compiled version of the model calls it between its graphs
+        @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled version of the model calls it between its graphs
         def hook(module: nn.Module, args: Any) -> None:
             if self._point is not None:
                 stack = ExitStack()
                 stack.enter_context(self._materialized(unit.parameters, *self._point))
                 self._open.setdefault(module, []).append(stack)
 
-        return hook
+        return hook  # type: ignore[no-any-return]
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         stacks = self._open.get(module)
         if stacks:

@@ -48,7 +48,9 @@ def units_of(module: nn.Module, trained: Sequence[Trained], blocks: Sequence[nn.
     """Blocks, and every module outside them that owns a trained weight directly; weights that no module owns count as the last unit."""
     lookup = {id(alias): p for p in trained for alias in p.aliases}
     blocks = list(blocks) or repeated_blocks(module)
-    units, inside, owned = [], set(), set()
+    units: list[Unit] = []
+    inside: set[int] = set()
+    owned: set[int] = set()
     for block in blocks:
         inside.update(id(m) for m in block.modules())
         units.append(Unit(block, _unique(lookup[id(w)] for w in block.parameters() if id(w) in lookup)))
