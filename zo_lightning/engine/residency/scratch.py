@@ -165,8 +165,10 @@ class Exact(_OnScratch):
         try:
             for unit in self.units:
                 if unit.module is not None:
-                    hooks.append(unit.module.register_forward_pre_hook(self._enter(unit), prepend=True))
-                    hooks.append(unit.module.register_forward_hook(self._leave, always_call=True))
+                    # a compiled version of the model calls them between its graphs
+                    enter, leave = torch.compiler.disable(self._enter(unit)), torch.compiler.disable(self._leave)
+                    hooks.append(unit.module.register_forward_pre_hook(enter, prepend=True))
+                    hooks.append(unit.module.register_forward_hook(leave, always_call=True))
             yield
         finally:
             for hook in hooks:
@@ -188,16 +190,14 @@ class Exact(_OnScratch):
                 self._close_all()
 
     def _enter(self, unit: Unit) -> Callable[..., None]:
-        @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled version of the model calls it between its graphs
         def hook(module: nn.Module, args: Any) -> None:
             if self._point is not None:
                 stack = ExitStack()
                 stack.enter_context(self._materialized(unit.parameters, *self._point))
                 self._open.setdefault(module, []).append(stack)
 
-        return hook  # type: ignore[no-any-return]
+        return hook
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         stacks = self._open.get(module)
         if stacks:

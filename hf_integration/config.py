@@ -1,0 +1,56 @@
+"""ZOConfig: TrainingArguments with the forward-only options, for Python and for the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from zo_lightning.hf_integration.optim_name import NAME
+from zo_lightning.hf_integration.options import engine_options
+
+
+@dataclass
+class ZOArguments:
+    """The forward-only fields, to stand in front of any TrainingArguments class.
+
+    ``ZOConfig`` puts them before ``TrainingArguments``; ``class ZOSFTConfig(ZOArguments, trl.SFTConfig)`` works alike.
+    Names and defaults are those of ``ZOOptimizer`` with ``zo_`` in front. A value that is out of range, or a name that
+    is not known, raises ``ValueError`` here, before any model is built.
+    """
+
+    optim: OptimizerNames | str = field(
+        default=NAME, metadata={"help": "The optimizer. 'zo' trains with forward passes only; any other first-order."}
+    )
+    zo_lr: float | None = field(default=None, metadata={"help": "Learning rate of the forward-only update; None takes learning_rate."})
+    zo_weight_decay: float | None = field(
+        default=None, metadata={"help": "Weight decay of the forward-only update; None takes weight_decay."}
+    )
+    zo_eps: float = field(default=1e-3, metadata={"help": "How far the weights are moved to both sides for one measurement of the loss."})
+    zo_seed: int = field(default=0, metadata={"help": "Seed of the directions; independent of seed and data_seed."})
+    zo_noise: str = field(default="rademacher", metadata={"help": "Distribution of the directions: rademacher, gaussian."})
+    zo_estimator: str = field(default="spsa", metadata={"help": "How losses become an estimate of the gradient: spsa."})
+    zo_queries: int = field(default=1, metadata={"help": "Directions measured per step; two forward passes each."})
+    zo_weights: str = field(default="auto", metadata={"help": "How perturbed weights come to exist: exact, copy, inplace or auto."})
+    zo_dropout: bool = field(default=True, metadata={"help": "False switches the Dropout modules off while the loss is measured."})
+    zo_clip: float | None = field(default=None, metadata={"help": "Limit of the projected gradient's absolute value; None does not clip."})
+    zo_safeguard: str | None = field(
+        default="stop", metadata={"help": "What to do when the loss diverges: stop, halve (the step), or none."}
+    )
+    zo_max_nonfinite: int = field(default=20, metadata={"help": "Consecutive steps with a non-finite loss, each skipped, before an error."})
+
+    def __post_init__(self) -> None:
+        """Validate the forward-only options (ValueError), then everything else."""
+        engine_options(self)
+        host = getattr(super(), "__post_init__", None)
+        if host is not None:
+            host()
+
+
+@dataclass
+class ZOConfig(ZOArguments, TrainingArguments):
+    """``TrainingArguments`` whose ``optim`` is "zo" by default, with the options of ``ZOArguments``.
+
+    ``ZOConfig(optim="adamw_torch")`` tells a ``ZOTrainer`` to train first-order.
+    """

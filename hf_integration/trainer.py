@@ -1,0 +1,229 @@
+"""ZOTrainerMixin: the Hugging Face Trainer's own training step, evaluated at the points that the engine asks for."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from accelerate.utils import DynamoBackend
+from transformers import TrainingArguments
+
+from zo_lightning.callbacks.base import zo_callbacks
+from zo_lightning.engine import ZOOptimizer
+from zo_lightning.engine.messages import say_once
+from zo_lightning.engine.options import EngineOptions
+from zo_lightning.engine.parallel import DataParallel, broadcast_parameters
+from zo_lightning.hf_integration import knobs
+from zo_lightning.hf_integration.bridge import ZOBridge
+from zo_lightning.hf_integration.checkpoints import newest_complete
+from zo_lightning.hf_integration.config import ZOArguments
+from zo_lightning.hf_integration.loss_scale import ignores_items, may_ignore_items
+from zo_lightning.hf_integration.options import engine_options, read_fields, take_options
+from zo_lightning.hf_integration.quiet import no_backward, unseen
+
+if TYPE_CHECKING:
+    _Host = transformers.Trainer
+else:
+    _Host = object
+
+
+def from_trl(kind: type) -> bool:
+    """Whether `kind` derives from a class of trl, whose trainers rebuild their configuration from ``to_dict()``."""
+    return any(base.__module__.partition(".")[0] == "trl" for base in kind.__mro__)
+
+
+class ZOTrainerMixin(_Host):
+    """Put in front of any ``transformers.Trainer``: ``class MyTrainer(ZOTrainerMixin, trl.SFTTrainer)``.
+
+    Takes the host's arguments and besides them ``optim="zo"`` (or the name of a first-order optimizer, which then is
+    used) and every engine option as ``zo_*``; these win over ``optim_args`` and over the fields of a ``ZOConfig``.
+
+    One step evaluates the host's whole ``training_step`` at each point of the estimator, its backward call left out:
+    scaling for accumulation, autocast, label smoothing, ``compute_loss_func`` and what a subclass adds stay the
+    host's. The loss that the host logs is the mean over the points.
+
+    Raises ``ValueError`` under DeepSpeed, FSDP and tensor, context or sequence parallelism, and for options out of
+    range; ``TypeError`` for a ``zo_`` keyword that does not exist.
+    """
+
+    model: Any  # upstream: optional until it is resolved, which is before anything here runs
+    optimizer: Any
+
+    def __init__(self, *args: Any, optim: str | None = None, **kwargs: Any) -> None:
+        self._zo = False
+        self._zo_told = optim
+        self._zo_keywords = take_options(kwargs)
+        self._zo_fields: dict[str, Any] = {}
+        self._zo_options: EngineOptions | None = None
+        self._zo_prepared: ZOOptimizer | None = None
+        self._zo_without_items: bool | None = None
+        own = {key: self._zo_arguments(value) for key, value in kwargs.items()}
+        super().__init__(*[self._zo_arguments(value) for value in args], **own)
+        if self._zo:
+            self._zo_check_optimizer()
+            self._zo_bridge = ZOBridge(self)
+            self.add_callback(self._zo_bridge)
+
+    # ---- Construction ----
+
+    def _zo_arguments(self, value: Any) -> Any:
+        """TrainingArguments become the trainer's own copy, adapted before the host reads them; the rest passes."""
+        if not isinstance(value, TrainingArguments):
+            return value
+        if isinstance(value, ZOArguments) and from_trl(type(self)) and not from_trl(type(value)):
+            self._zo_fields = read_fields(value)
+            self._zo_told = self._zo_told or str(getattr(value.optim, "value", value.optim))
+            value = knobs.without_zo_fields(value)
+        value = copy.copy(value)
+        self._zo_adapt(value)
+        return value
+
+    def _zo_adapt(self, args: TrainingArguments) -> None:
+        """Decide for `args` and adapt them in place; once more changes nothing (trl and args=None make their own)."""
+        self._zo = knobs.decide(args, self._zo_told)
+        if self._zo:
+            engine_options(args, self._zo_keywords, self._zo_fields)
+            knobs.adapt(args)
+        elif self._zo_keywords:
+            names = ", ".join(f"zo_{name}" for name in self._zo_keywords)
+            optim = getattr(args.optim, "value", args.optim)
+            say_once("hf.first_order", f"{names}, given to the trainer, do nothing with optim={optim!r}.")
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The host's accelerator without loss scaler and without DistributedDataParallel."""
+        self._zo_adapt(self.args)
+        super().create_accelerator_and_postprocess()
+        if not self._zo:
+            return
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            name = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP"
+            raise ValueError(
+                f"optim='zo' does not run under {name}, which the accelerate launcher has switched on. Start the "
+                "script with torchrun, or with an accelerate configuration without it."
+            )
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=False)
+        self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
+
+    def _zo_check_optimizer(self) -> None:
+        """Raise ``ValueError`` for a first-order optimizer object or class given to a forward-only trainer."""
+        given = type(self.optimizer) if self.optimizer is not None else (self.optimizer_cls_and_kwargs or (None,))[0]
+        if given is not None and not (isinstance(given, type) and issubclass(given, ZOOptimizer)):
+            raise ValueError(
+                f"{type(self).__name__} got the optimizer {getattr(given, '__name__', given)} and trains forward-only. "
+                "Pass a ZOOptimizer, or leave it out; to train first-order with it, say so: optim='adamw_torch' (or "
+                "any other first-order name) as an argument of the trainer."
+            )
+
+    # ---- The optimizer ----
+
+    @property
+    def zo_optimizer(self) -> ZOOptimizer:
+        """The engine behind the host's wrappers; ``RuntimeError`` before ``train()`` (or ``create_optimizer()``)."""
+        optimizer: Any = self.optimizer
+        while optimizer is not None and not isinstance(optimizer, ZOOptimizer):
+            optimizer = getattr(optimizer, "optimizer", None)
+        if optimizer is None:
+            raise RuntimeError("This trainer has no ZOOptimizer: train() or create_optimizer() makes it.")
+        return optimizer
+
+    @property
+    def zo_options(self) -> EngineOptions:
+        """The engine's options as they are now, before callbacks configure them."""
+        return engine_options(self.args, self._zo_keywords, self._zo_fields)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's groups (no decay for biases and norms) in a ZOOptimizer that its callbacks have configured."""
+        if not self._zo:
+            return super().create_optimizer(*args, **kwargs)
+        options = before = self.zo_options
+        for callback in zo_callbacks(self.callback_handler.callbacks):
+            options = callback.configure(options)
+        given = self.optimizer is not None
+        if given and self._zo_prepared is None and options is not before:
+            raise ValueError(
+                "A callback configures the engine, but optimizers=(ZOOptimizer(...), ...) is built already. Leave the "
+                "optimizer out, or configure it where it is built."
+            )
+        if options.weight_decay is not None:
+            self.args.weight_decay = options.weight_decay
+        self._zo_options = options
+        knobs.stop_checkpointing(self.model)
+        super().create_optimizer(*args, **kwargs)
+        engine = self.zo_optimizer
+        if engine is not self._zo_prepared:
+            self._zo_prepared, self._zo_without_items = engine, None
+            if not given:
+                knobs.say_inherited(self.args, options, engine.usual_lr())
+            self._zo_bridge.keep_state(engine)
+            if self.args.world_size > 1:
+                engine.exchange = DataParallel()
+                broadcast_parameters([*self.model.parameters(), *self.model.buffers()])
+        return self.optimizer
+
+    def get_optimizer_cls_and_kwargs(  # type: ignore[override]  # upstream: a staticmethod, always called through self
+        self, args: TrainingArguments, model: Any = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """ZOOptimizer with the engine's options and the host's learning rate."""
+        if not self._zo:
+            return super().get_optimizer_cls_and_kwargs(args, model)
+        options = self._zo_options or self.zo_options
+        if options.weights == "auto" and self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+            # accelerate compiles later, and hooks that are added to a compiled module never run
+            options = dataclasses.replace(options, weights="inplace")
+        lr = args.learning_rate if options.lr is None else options.lr
+        module = self.model if model is None else model
+        return ZOOptimizer, {**options.keywords(), "lr": lr, "weight_decay": args.weight_decay, "module": module}
+
+    # ---- The step ----
+
+    def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """The host's training step at every point; returns the mean of its losses, which the host logs."""
+        if not self._zo:
+            return super().training_step(model, inputs, num_items_in_batch)
+        if num_items_in_batch is not None and self._zo_loss_ignores_items(inputs, num_items_in_batch):
+            num_items_in_batch = None
+        step = super().training_step
+        with no_backward(self.accelerator):
+            loss = self.zo_optimizer.estimate(
+                lambda: step(model, copy.copy(inputs), num_items_in_batch), muted=functools.partial(unseen, self)
+            ).loss
+        return torch.as_tensor(loss, dtype=torch.float32).to(self.args.device)
+
+    def _zo_loss_ignores_items(self, inputs: Any, num_items: Any) -> bool:
+        if self._zo_without_items is None:
+            self._zo_without_items = may_ignore_items(self) and ignores_items(self, inputs, num_items)
+        return self._zo_without_items
+
+    # ---- The run ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """The host's ``train``; ``resume_from_checkpoint=True`` takes the newest complete checkpoint."""
+        if not self._zo:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = newest_complete(str(self.args.output_dir)) or True
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._zo_bridge.close()
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The host's log without ``grad_norm`` (no gradient exists; it would be 0.0) and with the ``zo/`` values."""
+        if self._zo:
+            logs.pop("grad_norm", None)
+            if "loss" in logs and "learning_rate" in logs:
+                logs.update(self._zo_bridge.metrics())
+        super().log(logs, *args, **kwargs)
+
+
+class ZOTrainer(ZOTrainerMixin, transformers.Trainer):
+    """``transformers.Trainer`` that trains forward-only."""
+
+
+class ZOSeq2SeqTrainer(ZOTrainerMixin, transformers.Seq2SeqTrainer):
+    """``transformers.Seq2SeqTrainer`` that trains forward-only."""

@@ -1,0 +1,130 @@
+"""ZOCallbacks in the Hugging Face trainer: configured, started, told of every update, asked for values, ended."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_tools import bert, losses, trainer
+from transformers import TrainerCallback
+
+from zo_lightning.callbacks.base import ZOCallback
+from zo_lightning.engine import ZOOptimizer
+
+
+class Recorder(ZOCallback):
+    """Writes down every event."""
+
+    def __init__(self, eps: float | None = None) -> None:
+        self.eps, self.events, self.window = eps, [], 0
+
+    def configure(self, options: Any) -> Any:
+        return options if self.eps is None else dataclasses.replace(options, eps=self.eps)
+
+    def on_run_start(self, run: Any) -> None:
+        self.events.append("start")
+        self.run = run
+
+    def on_zo_step(self, run: Any, report: Any) -> None:
+        self.window += 1
+        self.events.append((report.step, run.step()))
+
+    def metrics(self) -> dict[str, float]:
+        window, self.window = self.window, 0
+        return {"zo/window": float(window)}
+
+    def on_run_end(self, run: Any) -> None:
+        self.events.append("end")
+
+
+def test_a_callback_configures_the_engine_and_hears_of_every_step(tmp_path: Path) -> None:
+    callback = Recorder(eps=1e-2)
+    host = trainer(tmp_path, callbacks=[callback], gradient_accumulation_steps=2, per_device_train_batch_size=4, logging_steps=2)
+    host.train()
+    steps = [event for event in callback.events if isinstance(event, tuple)]
+    assert [callback.events[0], callback.events[-1]] == ["start", "end"]
+    assert len(callback.events) == 6
+    assert [later[0] - earlier[0] for earlier, later in pairwise(steps)] == [1, 1, 1]
+    assert host.zo_optimizer.eps == 1e-2
+    run = callback.run
+    assert (run.optimizer, run.module, run.host, run.folder) == (host.zo_optimizer, host.model, "hf", str(tmp_path))
+    assert run.is_rank_zero
+    assert run.step() == 4
+    assert losses(host, "zo/window") == [2.0, 2.0]
+
+
+def test_the_run_ends_on_an_exception(tmp_path: Path) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    callback = Recorder()
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, callbacks=[callback, Stop()]).train()
+    assert (callback.events[0], callback.events[-1], len(callback.events)) == ("start", "end", 3)
+
+
+def test_two_runs_of_one_trainer(tmp_path: Path) -> None:
+    callback = Recorder()
+    host = trainer(tmp_path, callbacks=[callback], max_steps=1)
+    host.train()
+    host.train()
+    assert [event for event in callback.events if isinstance(event, str)] == ["start", "end"] * 2
+
+
+def test_auto_find_batch_size_begins_a_new_run_with_a_smaller_batch(tmp_path: Path) -> None:
+    callback = Recorder()
+    host = trainer(tmp_path, callbacks=[callback], auto_find_batch_size=True, gradient_accumulation_steps=2, max_steps=2)
+    original, sizes = host.compute_loss, []
+
+    def crowded(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > 4 and sizes.count(sizes[-1]) > 6:  # in the second half of the first window
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return original(model, inputs, *args, **kwargs)
+
+    host.compute_loss = crowded
+    host.train()
+    attempts = list(dict.fromkeys(sizes))
+    assert (attempts[0], attempts[-1]) == (8, 4)
+    assert host.state.global_step == 2
+    assert host.zo_optimizer.steps == len(attempts) + 1  # one whole step in each attempt that failed: no seed twice
+    assert [event for event in callback.events if isinstance(event, str)] == ["start", "end"] * len(attempts)
+    assert len(callback.events) == 2 * len(attempts) + host.zo_optimizer.steps
+
+
+class Counter(Recorder):
+    """Keeps the number of steps over a resume."""
+
+    count = 0
+
+    def on_zo_step(self, run: Any, report: Any) -> None:
+        self.count += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.count = state_dict["count"]
+
+
+def test_the_state_of_a_callback_is_resumed(tmp_path: Path) -> None:
+    trainer(tmp_path, callbacks=[Counter()], save_strategy="steps", save_steps=3).train()
+    again = Counter()
+    host = trainer(tmp_path, callbacks=[again])
+    host.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert again.count == 4
+    state = torch.load(tmp_path / "checkpoint-3" / "optimizer.pt", weights_only=True)
+    assert state["zo_callbacks"] == {"Counter": {"count": 3}}
+
+
+def test_a_configuring_callback_with_a_built_optimizer_is_an_error(tmp_path: Path) -> None:
+    model = bert()
+    optimizer = ZOOptimizer(model, lr=1e-3)
+    host = trainer(tmp_path, model, optimizers=(optimizer, None), callbacks=[Recorder(eps=1e-2)])
+    with pytest.raises(ValueError, match="configures the engine"):
+        host.train()

@@ -1,0 +1,62 @@
+"""Two gloo processes train what one process trains on twice the batch."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_tools import losses, same, weights
+from hf_worker import CASES, build
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Any]:
+    """What both ranks saved, by case and rank."""
+    folder = tmp_path_factory.mktemp("processes")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    here = Path(__file__).parent
+    common = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
+    }
+    workers = []
+    for rank in range(2):
+        environment = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        command = [sys.executable, str(here / "hf_worker.py"), str(folder)]
+        workers.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    outputs = [worker.communicate(timeout=300)[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)
+    return {(name, rank): torch.load(folder / f"{name}.{rank}.pt") for name in CASES for rank in range(2)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_stay_equal_and_match_one_process(name: str, results: dict[tuple[str, int], Any], tmp_path: Path) -> None:
+    first, second = results[name, 0], results[name, 1]
+    assert same(first["weights"], second["weights"])  # rank 1 began with other weights
+    assert first["values"] == second["values"]
+    assert same(first["weights"], first["resumed"])
+    assert same(first["weights"], second["resumed"])
+    host: Any = build(name, tmp_path, 0, 8)
+    host.train()
+    assert first["losses"] == pytest.approx(losses(host), rel=1e-6)
+    for key, value in weights(host.model).items():
+        torch.testing.assert_close(first["weights"][key], value, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_are_averaged_once_a_step_and_nothing_is_wrapped(name: str, results: dict[tuple[str, int], Any]) -> None:
+    for rank in range(2):
+        assert len(results[name, rank]["averaged"]) == 4
+        assert "DistributedDataParallel" not in results[name, rank]["wrapped"]
