@@ -27,7 +27,7 @@ types: $(VENV)/.dev
 	rm -rf build/lib build/typing
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --target build/typing .
 	cd build/typing && ../../$(RUN) -m mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache \
-	  zo_lightning ../../examples ../../benchmarks
+	  zo_lightning $(addprefix ../../,$(shell find examples benchmarks -name '*.py'))
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -4,7 +4,8 @@ With a network:
     python examples/hf_text_classification.py --model distilbert-base-uncased --dataset stanfordnlp/sst2 \
         --text_column sentence --optim zo --learning_rate 1e-5 --max_steps 2000 --output_dir out
 Without one:
-    python examples/hf_text_classification.py --tiny --optim zo --learning_rate 1e-3 --max_steps 300 --output_dir out
+    python examples/hf_text_classification.py --tiny --optim zo --learning_rate 1e-2 --zo_eps 1e-2 --max_steps 300 \
+        --per_device_train_batch_size 32 --output_dir out
 First-order: the same with --optim adamw_torch
 """
 
@@ -67,11 +68,20 @@ def tiny_data(size: int = 512) -> DatasetDict:
 
 
 def tiny_model() -> tuple[Any, Any]:
-    """A random BERT of two small layers and a tokenizer of whole words."""
+    """A random BERT of one small layer and a tokenizer of whole words."""
     words = ["[PAD]", "[UNK]", *FRUIT, *TOOLS, *FILLER]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    config = BertConfig(vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        initializer_range=0.2,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=64)
     return BertForSequenceClassification(config), fast
 
@@ -114,7 +124,7 @@ def main(arguments: list[str]) -> dict[str, float]:
     before = trainer.evaluate()["eval_accuracy"]
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     after = trainer.evaluate()["eval_accuracy"]
-    print(f"accuracy before {before:.1%}, after {after:.1%} ({config.optim}, {trainer.state.global_step} steps)")
+    print(f"accuracy before {before:.1%}, after {after:.1%} ({trainer.state.global_step} steps)")
     return {"before": before, "after": after}
 
 

@@ -21,8 +21,8 @@ def may_ignore_items(trainer: Trainer) -> bool:
     multiplied by the accumulation and by the number of processes; Adam hides that, an SGD step does not.
     """
     several = trainer.args.gradient_accumulation_steps > 1 or trainer.args.world_size > 1
-    scaled_by_others = trainer.compute_loss_func is not None or trainer.label_smoother is not None
-    return several and trainer.loss_is_scaled_for_ga is None and not scaled_by_others
+    stated = getattr(trainer, "loss_is_scaled_for_ga", None)  # absent before transformers 5.19
+    return several and stated is None and trainer.compute_loss_func is None
 
 
 def ignores_items(trainer: Trainer, inputs: dict[str, Any], num_items: Any) -> bool:

@@ -58,5 +58,6 @@ def test_ranks_stay_equal_and_match_one_process(name: str, results: dict[tuple[s
 @pytest.mark.parametrize("name", CASES)
 def test_values_are_averaged_once_a_step_and_nothing_is_wrapped(name: str, results: dict[tuple[str, int], Any]) -> None:
     for rank in range(2):
-        assert len(results[name, rank]["averaged"]) == 4
+        lengths = [length for length in results[name, rank]["averaged"] if length > 1]
+        assert len(lengths) == 4  # besides it, ranks agree once on how the loss is scaled
         assert "DistributedDataParallel" not in results[name, rank]["wrapped"]

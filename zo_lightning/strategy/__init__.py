@@ -1,0 +1,13 @@
+"""The Lightning strategies "zo" and "zo_ddp": forward-only training of an unchanged LightningModule."""
+
+from importlib.util import find_spec
+
+from zo_lightning.extras import require
+
+if find_spec("pytorch_lightning") is None:
+    require("lightning", "lightning")
+
+from zo_lightning.strategy.namespace import register  # noqa: E402
+from zo_lightning.strategy.strategies import ZODDPStrategy, ZOStrategy  # noqa: E402
+
+__all__ = ["ZODDPStrategy", "ZOStrategy", "register"]

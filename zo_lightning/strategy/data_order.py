@@ -1,0 +1,179 @@
+"""Resuming: a plain DataLoader begins its epoch over in Lightning; here it goes on where the checkpoint was written."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+Say = Callable[[str, str], None]
+Random = dict[str, Any]
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """A loader that Lightning resumes by itself, such as torchdata's StatefulDataLoader."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+class DataOrder:
+    """Records the generator states that an epoch's order of batches comes from, and goes back to them on resume.
+
+    Samplers draw their order when the iterator is made and when its first batch is fetched, from torch's, Python's or numpy's global
+    generator or from the `generator=` of the loader. So the states at both moments and at the moment of the checkpoint are saved. On resume
+    the iterator is made anew from the first, the seen batches are fetched and dropped, and the generators go on as they were.
+    """
+
+    def __init__(self, trainer: Any, say: Say) -> None:
+        self._trainer = trainer
+        self._say = say
+        self._made: Random | None = None
+        self._fetched: Random | None = None
+        self._saved: dict[str, Any] | None = None
+        self._resuming = False
+
+    @property
+    def _loop(self) -> Any:
+        return self._trainer.fit_loop.epoch_loop
+
+    def _loaders(self) -> list[Any]:
+        combined = self._trainer.fit_loop._combined_loader
+        return [] if combined is None else list(combined.flattened)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        now = generator_states(self._loaders())
+        return {"made": self._made, "fetched": self._fetched, "now": now, "batches": self._batches()}
+
+    def load(self, saved: dict[str, Any] | None) -> None:
+        """The run goes on from a checkpoint; None where it holds no state of ours."""
+        self._saved, self._resuming = saved, True
+
+    def loader_ready(self) -> None:
+        """The fit loop is about to make the iterator of its first epoch."""
+        self._made = generator_states(self._loaders())
+
+    def attach(self) -> None:
+        """Be told when an epoch begins. Between that and its first fetch nothing of the user's runs."""
+        if self._resuming and self._saved is not None:
+            set_generator_states(self._saved["now"], self._loaders())
+        self.detach()
+        inner = self._loop.on_run_start
+        self._loop.on_run_start = lambda fetcher: self._epoch(fetcher, inner)
+
+    def detach(self) -> None:
+        """Leave the loop as it was."""
+        vars(self._loop).pop("on_run_start", None)
+
+    def _epoch(self, fetcher: Any, inner: Callable[[Any], None]) -> None:
+        resuming, self._resuming = self._resuming, False
+        saved, self._saved = self._saved, None
+        seen = int(self._loop.batch_progress.current.ready)
+        if resuming and (saved is not None or seen):
+            self._go_on(fetcher, seen, saved)
+            inner(fetcher)
+            return
+        remakes = self._trainer.current_epoch > 0 and not self._trainer.fit_loop.is_resuming and not self._loop.restarting
+        if remakes or self._made is None:
+            self._made = generator_states(self._loaders())
+        inner(fetcher)
+        self._fetched = generator_states(self._loaders())
+
+    def _go_on(self, fetcher: Any, seen: int, saved: dict[str, Any] | None) -> None:
+        """Bring the iterator to where the checkpoint was written, or say why not."""
+        loaders = self._loaders()
+        stateful = [isinstance(loader, Stateful) for loader in loaders]
+        problem = self._problem(seen, saved, stateful)
+        if problem is not None:
+            self._say("lightning.data_order", f"{problem} {_ORDER}")
+        if saved is None:
+            return
+        if not seen:
+            self._made = generator_states(loaders)
+            if not any(stateful):
+                iter(fetcher)
+            self._fetched = generator_states(loaders)
+            return
+        self._made, self._fetched = saved["made"], saved["fetched"]
+        if problem is None and not any(stateful):
+            set_generator_states(self._made, loaders)
+            iter(fetcher)
+            set_generator_states(self._fetched, loaders)
+            self._drop(fetcher, seen)
+        set_generator_states(saved["now"], loaders)
+
+    def _problem(self, seen: int, saved: dict[str, Any] | None, stateful: list[bool]) -> str | None:
+        if not seen or all(stateful):
+            return None
+        if any(stateful):
+            return "Some of the training loaders keep their own state and some do not, so that they can't be brought to the same batch."
+        if saved is None or saved["fetched"] is None:
+            return "The checkpoint was not written by a forward-only run and does not say in which order the data came."
+        if saved["batches"] != self._batches():
+            return f"An epoch has {self._batches()} batches now and had {saved['batches']} when the checkpoint was written."
+        return None
+
+    def _batches(self) -> int | None:
+        batches = self._trainer.fit_loop.max_batches
+        return None if batches == float("inf") else int(batches)
+
+    def _drop(self, fetcher: Any, seen: int) -> None:
+        if self._batches() is not None and seen >= self._batches():  # type: ignore[operator]
+            return
+        for _ in range(seen):
+            try:
+                next(fetcher)
+            except StopIteration:
+                self._say("lightning.data_order", f"The training data ended before the {seen} batches of the checkpoint. {_ORDER}")
+                iter(fetcher)
+                return
+        fetcher.fetched -= seen  # the loop adds what it has seen by itself
+
+
+_ORDER = "The resumed epoch begins with its first batch again, and its batches differ from those of the uninterrupted run."
+
+
+def generator_states(loaders: list[Any]) -> Random:
+    """The states of the global generators and of those of the loaders, as tensors and plain types."""
+    version, words, gauss = random.getstate()
+    state: Random = {
+        "torch": torch.random.get_rng_state(),
+        "python": [version, torch.tensor(words, dtype=torch.int64), gauss],
+        "loaders": [generator.get_state() for generator in _generators(loaders)],
+    }
+    if "numpy" in sys.modules:
+        kind, keys, position, has_gauss, cached = sys.modules["numpy"].random.get_state()
+        state["numpy"] = [str(kind), torch.tensor(keys.astype("int64")), int(position), int(has_gauss), float(cached)]
+    return state
+
+
+def set_generator_states(state: Random | None, loaders: list[Any]) -> None:
+    """Put generators back to what `generator_states` returned."""
+    if state is None:
+        return
+    torch.random.set_rng_state(state["torch"])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words.tolist()), gauss))
+    for generator, saved in zip(_generators(loaders), state["loaders"], strict=False):
+        generator.set_state(saved)
+    if "numpy" in state and "numpy" in sys.modules:
+        kind, keys, *rest = state["numpy"]
+        sys.modules["numpy"].random.set_state((kind, keys.numpy().astype("uint32"), *rest))
+
+
+def _generators(loaders: list[Any]) -> list[torch.Generator]:
+    """The generators that users gave to loaders and samplers, each once."""
+    found: dict[int, torch.Generator] = {}
+    for loader in loaders:
+        sampler, batch_sampler = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
+        for owner in (loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None)):
+            generator = getattr(owner, "generator", None)
+            if isinstance(generator, torch.Generator):
+                found[id(generator)] = generator
+    return list(found.values())
