@@ -21,11 +21,11 @@ from hf_tools import (
     trainer,
     weights,
 )
-from transformers import default_data_collator
+from transformers import Trainer, default_data_collator
 
 from zo_lightning.engine import ZOOptimizer
 from zo_lightning.engine.messages import ZOWarning
-from zo_lightning.hf_integration import ZOConfig, ZOTrainer
+from zo_lightning.hf_integration import ZOConfig, ZOTrainer, ZOTrainerMixin
 
 
 def engine_loop(model: Any, data: list[dict[str, Any]], steps: int, **options: Any) -> tuple[list[float], ZOOptimizer]:
@@ -200,10 +200,6 @@ def test_fp16_drops_the_scaler(tmp_path: Path) -> None:
             self.accelerator.scaler = torch.amp.GradScaler("cpu")  # type: ignore[attr-defined]
             self.accelerator.native_amp = True  # type: ignore[attr-defined]
 
-    from transformers import Trainer
-
-    from zo_lightning.hf_integration import ZOTrainerMixin
-
     kind = type("GpuTrainer", (ZOTrainerMixin, OnGpu, Trainer), {})
     with pytest.warns(ZOWarning, match="fp16.*scaler is off"):
         host = trainer(tmp_path, kind=kind, fp16=True, save_strategy="steps", save_steps=2, max_steps=4)
@@ -272,6 +268,17 @@ def test_what_a_subclass_counts_and_logs_is_counted_once(tmp_path: Path) -> None
     assert host.history == host.nested["train"]["n"] == [1, 2, 3, 4]
     assert host.nested["train"]["total"] == [4]
     assert losses(host, "mine") == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_a_host_step_that_consumes_its_inputs(tmp_path: Path) -> None:
+    class Consuming(Trainer):
+        def training_step(self, model: Any, inputs: Any, *args: Any) -> torch.Tensor:
+            inputs.pop("attention_mask")  # a second time it would not be there
+            return super().training_step(model, inputs, *args)
+
+    host = trainer(tmp_path, kind=type("ZOConsuming", (ZOTrainerMixin, Consuming), {}))
+    host.train()
+    assert host.zo_optimizer.steps == 4
 
 
 def test_input_tokens_are_counted_once(tmp_path: Path) -> None:

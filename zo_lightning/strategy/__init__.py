@@ -7,7 +7,7 @@ from zo_lightning.extras import require
 if find_spec("pytorch_lightning") is None:
     require("lightning", "lightning")
 
-from zo_lightning.strategy.namespace import register  # noqa: E402
-from zo_lightning.strategy.strategies import ZODDPStrategy, ZOStrategy  # noqa: E402
+from zo_lightning.strategy.namespace import register
+from zo_lightning.strategy.strategies import ZODDPStrategy, ZOStrategy
 
 __all__ = ["ZODDPStrategy", "ZOStrategy", "register"]

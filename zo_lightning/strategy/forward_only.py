@@ -59,8 +59,8 @@ class ForwardOnly(Bindable):
             if "multiple optimizers" not in str(error):
                 raise
             raise self.namespace.misconfiguration(
-                "configure_optimizers returned several optimizers. Forward-only training makes one update a step: return one optimizer, with "
-                "parameter groups where their lr or weight_decay differ."
+                "configure_optimizers returned several optimizers. Forward-only training makes one update a step: return one optimizer, "
+                "with parameter groups where their lr or weight_decay differ."
             ) from error
 
     def _zo_build(self, trainer: Any) -> None:
@@ -71,7 +71,7 @@ class ForwardOnly(Bindable):
         options = replace(options, seed=self.broadcast(options.seed))
         if getattr(module, "_compiler_ctx", None) is not None and options.weights in ("auto", "exact"):
             if options.weights == "exact":
-                raise ns.misconfiguration('weights="exact" works through hooks, which a compiled LightningModule never runs. Use "inplace".')
+                raise ns.misconfiguration('weights="exact" works through hooks, which a compiled module never runs. Use weights="inplace".')
             options = replace(options, weights="inplace")
         disable_checkpointing(module, self._zo_say)
         self._zo_loop = trainer.fit_loop

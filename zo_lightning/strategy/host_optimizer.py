@@ -1,4 +1,4 @@
-"""The optimizer of configure_optimizers: schedulers, monitors and groups live on it, the engine takes its learning rate and weight decay."""
+"""The optimizer of configure_optimizers: schedulers and groups live on it, the engine takes its lr and weight_decay."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class HostOptimizer:
                 "another optimizer (torch.optim.SGD, for its learning rate), or None, from configure_optimizers."
             )
         if any(group.get("maximize") for group in self.optimizer.param_groups):
-            raise ns.misconfiguration(f"{name}(maximize=True): forward-only training minimises. Return the negative loss from training_step.")
+            raise ns.misconfiguration(f"{name}(maximize=True): forward-only training minimises. Negate the loss in training_step.")
 
     def _group(self, group: dict[str, Any]) -> dict[str, Any]:
         """The engine's group for one of the user's. Adam's "eps" is not our eps."""
@@ -111,7 +111,7 @@ class HostOptimizer:
         idle = [key for key in self.optimizer.defaults if key not in _NOT_IDLE | _HOW and any(group.get(key) for group in groups)]
         said = f"{' and '.join(parts)} are {name}'s, from configure_optimizers. " if parts else ""
         if self._options.lr is None:
-            said += f"For forward-only training the usual lr is {self.engine.usual_lr()}. ZOStrategy(lr=..., weight_decay=...) sets others. "
+            said += f"The usual lr of forward-only training is {self.engine.usual_lr()}. ZOStrategy(lr=..., weight_decay=...) sets others. "
         if idle:
             said += f"{name}'s {', '.join(idle)} do nothing: a step is theta - lr * g * z."
         return said.strip() or None

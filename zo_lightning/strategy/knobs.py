@@ -1,4 +1,4 @@
-"""Settings of a Lightning run that can't work without gradients: an error where training would be wrong, one sentence where they do nothing."""
+"""Settings that can't work without gradients: an error where training would be wrong, one sentence where they do nothing."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def check_run(trainer: Any, module: Any, ns: Namespace) -> None:
     """Raise MisconfigurationException for what can't be trained by forward passes."""
     if not module.automatic_optimization:
         raise ns.misconfiguration(
-            f"{type(module).__name__}.automatic_optimization is False. Manual optimization calls backward itself, and forward-only training has "
-            'none: with strategy="zo", return the loss from training_step and leave automatic_optimization at True.'
+            f"{type(module).__name__}.automatic_optimization is False. Manual optimization calls backward itself, and forward-only "
+            'training has none: with strategy="zo", return the loss from training_step and leave automatic_optimization at True.'
         )
     if ns.get("utilities.signature_utils", "is_param_in_hook_signature")(module.training_step, "dataloader_iter", explicit=True):
         raise ns.misconfiguration(
-            "training_step(dataloader_iter) fetches its batch itself, so that each of the forward passes of a step would see another batch. "
+            "training_step(dataloader_iter) fetches its batch itself, so that each forward pass of a step would see another batch. "
             "Use training_step(batch, batch_idx)."
         )
     plugin = trainer.precision_plugin
@@ -58,8 +58,11 @@ def say_idle(trainer: Any, module: Any, ns: Namespace, say: Say) -> None:
 
 
 def disable_checkpointing(module: nn.Module, say: Say) -> None:
-    """Gradient checkpointing of transformers' models saves nothing here, switches their cache off and breaks prefix tuning."""
+    """Activation checkpointing of transformers' models saves nothing here, switches their cache off and breaks prefix tuning."""
     for part in module.modules():
-        if getattr(part, "is_gradient_checkpointing", False) and hasattr(part, "gradient_checkpointing_disable"):
-            part.gradient_checkpointing_disable()
-            say("lightning.checkpointing", "Gradient checkpointing is switched off: without a backward pass no activations are kept anyway.")
+        for name in ("activation_checkpointing", "gradient_checkpointing"):  # its name since transformers 5.20, and before
+            if hasattr(type(part), f"is_{name}"):
+                if getattr(part, f"is_{name}"):
+                    getattr(part, f"{name}_disable")()
+                    say("lightning.checkpointing", f"{name} is switched off: without a backward pass no activations are kept.")
+                break

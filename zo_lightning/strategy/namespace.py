@@ -68,32 +68,33 @@ def namespace_of(instance: Any) -> Namespace:
 class Bindable(_Host):
     """A strategy that belongs to no namespace until a Trainer takes it.
 
-    Until then it has the attributes that a Trainer reads first and is a virtual subclass of both `Strategy` classes. The Trainer then hands it
-    an accelerator; its namespace says which Trainer that was, and the object's class becomes one that also inherits from the `host_class`
-    of that namespace. Given to a Trainer of the other namespace later, it changes again.
+    Until then it has the attributes that a Trainer reads first, and is a virtual subclass of both `Strategy` classes. The Trainer then
+    hands it an accelerator; its namespace says which Trainer that was, and the object's class becomes one that also inherits from the
+    `host_class` of that namespace. Given to a Trainer of the other namespace later, it changes again.
     """
 
     host_class: str
     """Name of Lightning's strategy class that does the rest."""
 
     def __init__(self, host: dict[str, Any]) -> None:
-        self._host_arguments = host
-        self._accelerator = host.get("accelerator")
+        self._zo_arguments = host
+        self._zo_accelerator: Any = None
+        self._accelerator = host.get("accelerator")  # what a Trainer reads; left alone, so that another Trainer can take the object
         self._precision_plugin = host.get("precision_plugin")
         self._checkpoint_io = host.get("checkpoint_io")
 
     @property
     def accelerator(self) -> Any:
         """The accelerator that the Trainer chose."""
-        return self._accelerator
+        return self._zo_accelerator
 
     @accelerator.setter
     def accelerator(self, accelerator: Any) -> None:
         host = getattr(import_module(f"{namespace_of(accelerator).name}.strategies"), self.host_class)
         if not isinstance(self, host):
             self.__class__ = _bound(_unbound(type(self)), host)
-            host.__init__(self, **self._host_arguments)
-        self._accelerator = accelerator
+            host.__init__(self, **self._zo_arguments)
+        self._zo_accelerator = accelerator
 
     @property
     def namespace(self) -> Namespace:

@@ -29,9 +29,9 @@ def nothing(*args: object, **kwargs: object) -> None:
 def quiet(module: nn.Module, trainer: Any, silent_logger: Callable[[], Any]) -> Iterator[None]:
     """Around an evaluation that nobody should notice.
 
-    `self.log`, `self.log_dict`, `self.print` and the loggers are silent. Attributes of the LightningModule are bound again to what they were
-    bound to; lists lose what was appended, dicts, sets, deques and small tensors get their contents back. torchmetrics work on copies of
-    their tensors (and on shallow copies of their lists) that are dropped in the end. An object of a class of one's own is not followed.
+    `self.log`, `self.log_dict`, `self.print` and the loggers are silent. Attributes of the LightningModule are bound again to what they
+    were bound to; lists lose what was appended, dicts, sets, deques and small tensors get their contents back. torchmetrics work on copies
+    of their tensors (and on shallow copies of their lists) that are dropped in the end. An object of a class of one's own is not followed.
     """
     undo: Undo = []
     seen: set[int] = set()

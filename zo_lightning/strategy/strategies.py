@@ -16,13 +16,12 @@ from zo_lightning.engine.safeguard import Safeguard
 from zo_lightning.strategy.forward_only import ForwardOnly
 
 if TYPE_CHECKING:
-    from lightning.pytorch.strategies import DDPStrategy as _DDP
-    from lightning.pytorch.strategies import SingleDeviceStrategy as _Single
+    from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 else:
-    _DDP = _Single = object
+    DDPStrategy = SingleDeviceStrategy = object  # the Trainer's namespace provides the real one (namespace.py)
 
 
-class ZOStrategy(ForwardOnly, _Single):
+class ZOStrategy(ForwardOnly, SingleDeviceStrategy):
     """Forward-only training on one device: `Trainer(strategy="zo")`, in lightning.pytorch and in pytorch_lightning.
 
     Args:
@@ -92,7 +91,7 @@ class ZOStrategy(ForwardOnly, _Single):
             )
 
 
-class ZODDPStrategy(ForwardOnly, _DDP):
+class ZODDPStrategy(ForwardOnly, DDPStrategy):
     """Forward-only data parallel training: `Trainer(strategy="zo_ddp", devices=n)`; ranks exchange losses, never gradients.
 
     Every rank has the same perturbation and its own data; an update averages the losses over the ranks once, in float64. There is no DDP
