@@ -28,7 +28,6 @@ class ZOBridge(TrainerCallback):
         self._trainer = trainer
         self._run: Run | None = None
         self._listeners: list[ZOCallback] = []
-        self._last: object = None
 
     def keep_state(self, optimizer: ZOOptimizer) -> None:
         """Let the callbacks' states travel in the optimizer's, which the host saves and loads."""
@@ -55,7 +54,6 @@ class ZOBridge(TrainerCallback):
         if optimizer.steps == 0 and state.global_step > 0:
             # A checkpoint without optimizer state (save_only_model): the seeds of the first steps are used up.
             optimizer.steps = state.global_step
-        self._last = optimizer.report
         self._listeners = _listeners(trainer)
         self._run = Run(
             optimizer=optimizer,
@@ -71,11 +69,9 @@ class ZOBridge(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report the update that the host has just made."""
         report = self._trainer.zo_optimizer.report
-        if self._run is None or report is None or report is self._last:
-            return
-        self._last = report
-        for listener in self._listeners:
-            listener.on_zo_step(self._run, report)
+        if self._run is not None and report is not None:
+            for listener in self._listeners:
+                listener.on_zo_step(self._run, report)
 
     def metrics(self) -> dict[str, float]:
         """What to add to the host's training log: Python floats, or TensorBoard drops them."""
@@ -94,6 +90,5 @@ class ZOBridge(TrainerCallback):
         run, self._run = self._run, None
         if run is None:
             return
-        run.optimizer.discard()
         for listener in self._listeners:
             listener.on_run_end(run)

@@ -2,64 +2,81 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+
+@dataclass
+class _Kept:
+    """One buffer: where it lives, and its value before and after the first evaluation where these are kept."""
+
+    owner: nn.Module
+    name: str
+    buffer: Tensor
+    version: int
+    before: Tensor | None
+    after: Tensor | None = None
+    replaced_by: Tensor | None = None
 
 
 class Buffers:
     """The buffers of a module that an evaluation changes (BatchNorm's running statistics and the like).
 
-    The first step copies all buffers; from then on only those that were seen to change, so that large constant ones (causal masks) cost
-    nothing. Buffers that are replaced by assignment are put back by reference.
+    The first step copies all buffers and compares values, because native kernels write running statistics without counting a version. From
+    then on only those that changed are copied, and those of normalization layers, so that large constant ones (causal masks) cost nothing.
+    Buffers that are replaced by assignment are put back by reference.
     """
 
     def __init__(self, module: nn.Module | None) -> None:
         self._module = module
         self._changing: set[tuple[int, str]] | None = None
-        self._start: dict[tuple[int, str], tuple[nn.Module, str, Tensor, int, Tensor | None]] = {}
-        self._after: dict[tuple[int, str], tuple[Tensor, Tensor | None]] = {}
+        self._kept: dict[tuple[int, str], _Kept] = {}
 
     def begin(self) -> None:
         """Remember the state before the first evaluation."""
-        self._start, self._after = {}, {}
-        for place, owner, name, buffer in self._all():
-            keep = self._changing is None or place in self._changing
-            self._start[place] = (owner, name, buffer, buffer._version, buffer.clone() if keep else None)
+        self._kept = {}
+        for owner in self._module.modules() if self._module is not None else ():
+            for name, buffer in owner._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    place = (id(owner), name)
+                    copy = self._changing is None or place in self._changing or isinstance(owner, _NormBase)
+                    self._kept[place] = _Kept(owner, name, buffer, buffer._version, buffer.clone() if copy else None)
 
     def first_done(self) -> None:
         """Remember the state that the first evaluation left: the one that stays."""
         changing = set() if self._changing is None else self._changing
-        for place, _owner, _name, buffer in self._all():
-            before = self._start.get(place)
-            if before is None or before[2] is not buffer or before[3] != buffer._version:
-                self._after[place] = (buffer, buffer.clone())
+        for place, kept in self._kept.items():
+            now = kept.owner._buffers.get(kept.name)
+            kept.replaced_by = now if now is not kept.buffer else None
+            if kept.replaced_by is not None or self._changed(kept):
+                kept.after = None if now is None else now.clone()
                 changing.add(place)
         self._changing = changing
 
+    @staticmethod
+    def _changed(kept: _Kept) -> bool:
+        if kept.before is None:
+            return kept.buffer._version != kept.version
+        return not torch.equal(kept.before, kept.buffer)
+
     def rewind(self) -> None:
         """Back to the state before the first evaluation."""
-        for place in self._after:
-            if place in self._start:
-                owner, name, buffer, _, copy = self._start[place]
-                owner._buffers[name] = buffer
-                if copy is not None:
-                    buffer.copy_(copy)
+        for kept in self._kept.values():
+            if kept.owner._buffers.get(kept.name) is not kept.buffer:
+                kept.owner._buffers[kept.name] = kept.buffer
+            if kept.before is not None:
+                kept.buffer.copy_(kept.before)
 
     def finish(self) -> None:
         """To the state after the first evaluation; to the state before it where it never ended."""
         self.rewind()
-        for place, (buffer, copy) in self._after.items():
-            if place in self._start and copy is not None:
-                owner, name = self._start[place][:2]
-                owner._buffers[name] = buffer
-                buffer.copy_(copy)
-        self._start, self._after = {}, {}
-
-    def _all(self) -> list[tuple[tuple[int, str], nn.Module, str, Tensor]]:
-        if self._module is None:
-            return []
-        return [
-            ((id(owner), name), owner, name, buffer)
-            for owner in self._module.modules()
-            for name, buffer in owner._buffers.items()
-            if buffer is not None and not buffer.is_meta
-        ]
+        for kept in self._kept.values():
+            if kept.after is None:
+                continue
+            target = kept.buffer if kept.replaced_by is None else kept.replaced_by
+            target.copy_(kept.after)
+            kept.owner._buffers[kept.name] = target
+        self._kept = {}

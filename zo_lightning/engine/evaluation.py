@@ -14,6 +14,7 @@ from zo_lightning.engine.estimators import Displacement
 from zo_lightning.engine.messages import say_once
 from zo_lightning.engine.randomness import HostState, host_state
 from zo_lightning.engine.residency import Residency
+from zo_lightning.engine.signals import held
 
 Closure = Callable[[], Any]
 Muted = Callable[[], AbstractContextManager[Any]]
@@ -41,10 +42,11 @@ class Evaluator:
         """(output of the closure at the first point, the loss at every point as float64 scalars); no losses where there is none.
 
         Every evaluation starts from generator states that `seed` determines and from the same buffers. Those at other points than the
-        first run inside `muted()`. Weights, generators and training flags come back as they were; buffers as the first one left them.
+        first run inside `muted()`. Weights, generators and training flags come back as they were; buffers as the first one left them. A
+        signal handler (which may save a checkpoint) runs after all that.
         """
         devices = {p.tensor.device for p in residency.trained}
-        with torch.no_grad(), host_state(devices) as host, self._dropout():
+        with held(interrupt=False), torch.no_grad(), host_state(devices) as host, self._dropout():
             self.buffers.begin()
             try:
                 if residency.needs_probe():

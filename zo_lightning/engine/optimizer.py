@@ -41,7 +41,15 @@ class _Window:
 
     def add(self, losses: list[Tensor], weight: float) -> None:
         scaled = [loss * weight for loss in losses]
-        self.totals = scaled if self.totals is None else [a + b.to(a.device) for a, b in zip(self.totals, scaled, strict=True)]
+        self.totals = scaled if self.totals is None else [a.to(b.device) + b for a, b in zip(self.totals, scaled, strict=True)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """A checkpoint in the middle of an accumulation keeps what was measured so far."""
+        return {"micro_batches": self.micro_batches, "totals": None if self.totals is None else torch.stack(self.totals).tolist()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.micro_batches = state["micro_batches"]
+        self.totals = None if state["totals"] is None else [torch.tensor(x, dtype=torch.float64) for x in state["totals"]]
 
 
 class ZOOptimizer(torch.optim.Optimizer):
@@ -164,7 +172,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         """
         began = time.perf_counter()
         if self._window is None:
-            self._window = _Window(self.estimator.points(lambda query: query_seed(self.seed, self.steps, query)))
+            self._window = self._new_window()
         window = self._window
         eps = [float(group["eps"]) for group in self.param_groups]
         seed = evaluation_seed(self.seed, self.steps, window.micro_batches, self.exchange.rank)
@@ -220,6 +228,9 @@ class ZOOptimizer(torch.optim.Optimizer):
                 residency.restore()
         return loss
 
+    def _new_window(self) -> _Window:
+        return _Window(self.estimator.points(lambda query: query_seed(self.seed, self.steps, query)))
+
     def discard(self) -> None:
         """Drop what was accumulated since the last update."""
         self._window = None
@@ -229,8 +240,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         totals = None if window is None else window.totals
         if self.exchange.world_size == 1:
             return None if totals is None else torch.stack(totals).tolist()
-        points = self.estimator.points(lambda query: query_seed(self.seed, self.steps, query))
-        mine = torch.stack(totals) if totals is not None else torch.zeros(len(points), dtype=torch.float64)
+        mine = torch.stack(totals) if totals is not None else torch.zeros(len(self._new_window().points), dtype=torch.float64)
         present = torch.ones(1, dtype=torch.float64, device=mine.device) * (totals is not None)
         *mean, share = self.exchange.mean(torch.cat([mine, present])).tolist()
         return mean if share > 0 else None
@@ -297,6 +307,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             "zero_run": self._zero_run,
             "safeguard": None if self.safeguard is None else self.safeguard.state_dict(),
             "noise": self.noise.name,
+            "window": None if self._window is None else self._window.state_dict(),
         }
         return state
 
@@ -316,7 +327,9 @@ class ZOOptimizer(torch.optim.Optimizer):
         self._evaluator.count = zo["forward_passes"]
         if self.safeguard is not None and zo["safeguard"] is not None:
             self.safeguard.load_state_dict(zo["safeguard"])
-        self.discard()
+        self._window = self._new_window() if zo["window"] is not None else None
+        if self._window is not None:
+            self._window.load_state_dict(zo["window"])
 
 
 _GROUP_CHECKS = (

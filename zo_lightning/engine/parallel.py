@@ -42,4 +42,6 @@ def broadcast_parameters(tensors: list[Tensor], group: dist.ProcessGroup | None 
     """Give every rank the tensors of rank 0."""
     with torch.no_grad():
         for tensor in tensors:
-            dist.broadcast(tensor.detach(), 0, group=group)
+            dense = tensor.detach().contiguous()
+            dist.broadcast(dense, 0, group=group)
+            tensor.detach().copy_(dense)

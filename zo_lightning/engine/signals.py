@@ -14,8 +14,11 @@ _SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 
 
 @contextmanager
-def held() -> Iterator[None]:
-    """Python's handlers run after the block instead of inside it; elsewhere than on the main thread none would run inside anyway."""
+def held(interrupt: bool = True) -> Iterator[None]:
+    """Python's handlers run after the block instead of inside it; elsewhere than on the main thread none would run inside anyway.
+
+    With interrupt=False, Ctrl-C raises KeyboardInterrupt at once, as usual; only handlers of the program's own are held.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -23,7 +26,7 @@ def held() -> Iterator[None]:
     handlers: dict[int, Any] = {}
     for number in _SIGNALS:
         handler = signal.getsignal(number)
-        if callable(handler):
+        if callable(handler) and (interrupt or handler is not signal.default_int_handler):
             handlers[number] = handler
             signal.signal(number, lambda n, frame: pending.append((n, frame)))
     try:
