@@ -121,6 +121,8 @@ class Recorder(ZOCallback):
     def on_run_end(self, run: Run) -> None:
         self.events.append("end")
 
+    _legacy_state_key = "TEMPORARY"
+
     @property
     def values(self) -> list[tuple[float, ...]]:
         """The losses at the points of every step."""

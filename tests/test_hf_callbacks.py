@@ -13,6 +13,7 @@ from hf_tools import bert, losses, trainer
 from transformers import TrainerCallback
 
 from zo_lightning.callbacks.base import ZOCallback
+from zo_lightning.callbacks.monitor import ZOMonitor
 from zo_lightning.engine import ZOOptimizer
 
 
@@ -128,3 +129,17 @@ def test_a_configuring_callback_with_a_built_optimizer_is_an_error(tmp_path: Pat
     host = trainer(tmp_path, model, optimizers=(optimizer, None), callbacks=[Recorder(eps=1e-2)])
     with pytest.raises(ValueError, match="configures the engine"):
         host.train()
+
+
+def test_the_monitor_reaches_tensorboard(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    host = trainer(tmp_path, callbacks=[ZOMonitor()], report_to="tensorboard", logging_steps=2)
+    host.train()
+    (folder,) = {path.parent for path in tmp_path.rglob("events.out.*")}
+    events = accumulator.EventAccumulator(str(folder))
+    events.Reload()
+    charts = {tag.removeprefix("train/zo/") for tag in events.Tags()["scalars"] if "zo/" in tag}
+    assert charts >= {"loss_plus", "loss_minus", "projected_grad", "eps", "lr", "forward_passes", "step_seconds"}
+    logged = events.Scalars("train/zo/forward_passes")
+    assert [point.step for point in logged] == [2, 4]
+    assert logged[-1].value == host.zo_optimizer.forward_passes

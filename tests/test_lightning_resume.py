@@ -10,11 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning_models import HOST_WARNINGS, NAMES, Recorder, lightning, lit, loader, loss_of, net, rows, said, same, state, trainer
+from lightning_models import HOST_WARNINGS, Recorder, lightning, lit, loader, loss_of, net, rows, same, state, trainer
 from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
-
-from zo_lightning import ZOStrategy
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in HOST_WARNINGS]
 
@@ -68,7 +66,6 @@ def resumed(make: Any, tmp_path: Path, at: dict[str, int], **options: Any) -> tu
     seed(1)
     whole, recorder = Noting(), Recorder()
     saving = Saving(tmp_path / "run.ckpt", **at)
-    options = {"max_epochs": 3, **options}
     trainer(tmp_path, callbacks=[saving, recorder], **options).fit(whole, make())
     seed(99)
     rest, again = Noting(), Recorder()
@@ -107,13 +104,14 @@ LOADERS = {
     "two loaders": lambda: {"a": loader(shuffle=True), "b": loader(4, shuffle=True)},
     "stateful": lambda: StatefulDataLoader(rows(), 8, shuffle=True),
 }
-PLACES = {"first epoch": {"batches": 5}, "second epoch": {"batches": 11}, "border": {"epoch": 0}}
+PLACES = {"first epoch": {"batches": 5}, "second epoch": {"batches": 11}, "last batch": {"batches": 8}, "border": {"epoch": 0}}
 
 
-@pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers", "ignore:.*AdamW's.*:UserWarning")
+@pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers", "ignore:.*AdamW's.*:UserWarning", "ignore:'set_vital'")
+@pytest.mark.parametrize("limit", [{"max_epochs": 3}, {"max_steps": 24}])
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("kind", LOADERS)
-def test_resume_is_the_uninterrupted_run(kind: str, place: str, tmp_path: Path) -> None:
-    whole, rest = resumed(LOADERS[kind], tmp_path, PLACES[place])
+def test_resume_is_the_uninterrupted_run(kind: str, place: str, limit: dict[str, int], tmp_path: Path) -> None:
+    whole, rest = resumed(LOADERS[kind], tmp_path, PLACES[place], **limit)
     assert rest.seen == whole.seen
     assert same(state(rest), state(whole))

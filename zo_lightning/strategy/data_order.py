@@ -75,6 +75,10 @@ class DataOrder:
         resuming, self._resuming = self._resuming, False
         saved, self._saved = self._saved, None
         seen = int(self._loop.batch_progress.current.ready)
+        if resuming and self._trainer.fit_loop.restarted_on_epoch_end:
+            self._skip_epoch()
+            inner(fetcher)
+            return
         if resuming and (saved is not None or seen):
             self._go_on(fetcher, seen, saved)
             inner(fetcher)
@@ -84,6 +88,13 @@ class DataOrder:
             self._made = generator_states(self._loaders())
         inner(fetcher)
         self._fetched = generator_states(self._loaders())
+
+    def _skip_epoch(self) -> None:
+        """With max_steps, Lightning enters an epoch that had ended once more: it trains on one batch too many and counts the epoch twice."""
+        self._loop._restarting = False
+        progress = self._trainer.fit_loop.epoch_progress
+        for count in (progress.current, progress.total):
+            count.processed -= 1
 
     def _go_on(self, fetcher: Any, seen: int, saved: dict[str, Any] | None) -> None:
         """Bring the iterator to where the checkpoint was written, or say why not."""
@@ -96,7 +107,7 @@ class DataOrder:
             return
         if not seen:
             self._made = generator_states(loaders)
-            if not any(stateful):
+            if not any(stateful) or self._trainer.fit_loop._combined_loader_states_to_load:  # Lightning didn't load what it saved
                 iter(fetcher)
             self._fetched = generator_states(loaders)
             return
@@ -124,8 +135,6 @@ class DataOrder:
         return None if batches == float("inf") else int(batches)
 
     def _drop(self, fetcher: Any, seen: int) -> None:
-        if self._batches() is not None and seen >= self._batches():  # type: ignore[operator]
-            return
         for _ in range(seen):
             try:
                 next(fetcher)
