@@ -65,6 +65,11 @@ class ZOCallback:
         """The name of the callback's state in a Lightning checkpoint."""
         return type(self).__qualname__
 
+    @property
+    def _legacy_state_key(self) -> type:
+        """Lightning asks every callback for it when it reads a checkpoint."""
+        return type(self)
+
     def __getattr__(self, name: str) -> Callable[..., None]:
         if name.startswith("on_") or name in ("setup", "teardown"):
             return _ignore

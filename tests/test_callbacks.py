@@ -109,6 +109,11 @@ def test_every_hook_of_the_hosts_resolves_and_nothing_else_does() -> None:
         callback.frobnicate  # noqa: B018
 
 
+def test_lightning_finds_the_state_keys_that_it_asks_for() -> None:
+    assert Wider().state_key == "Wider"
+    assert Wider()._legacy_state_key is Wider
+
+
 def test_callbacks_survive_copy_and_pickle() -> None:
     for again in (copy.deepcopy(Wider()), pickle.loads(pickle.dumps(Wider()))):
         assert again.configure(EngineOptions()).eps == 0.5

@@ -57,7 +57,7 @@ class DataOrder:
 
     def loader_ready(self) -> None:
         """The fit loop is about to make the iterator of its first epoch."""
-        self._made = generator_states(self._loaders())
+        self._made, self._fetched = generator_states(self._loaders()), None
 
     def attach(self) -> None:
         """Be told when an epoch begins. Between that and its first fetch nothing of the user's runs."""
@@ -74,6 +74,8 @@ class DataOrder:
     def _epoch(self, fetcher: Any, inner: Callable[[Any], None]) -> None:
         resuming, self._resuming = self._resuming, False
         saved, self._saved = self._saved, None
+        if self._loop.restarted_on_train_batch_end and self._loop.batch_progress.is_last_batch:
+            self._loop.batch_progress.reset_on_run()  # Lightning forgets to where it doesn't know the length of an epoch
         seen = int(self._loop.batch_progress.current.ready)
         if resuming and self._trainer.fit_loop.restarted_on_epoch_end:
             self._skip_epoch()
@@ -106,9 +108,11 @@ class DataOrder:
         if saved is None:
             return
         if not seen:
+            begun = saved["made"] is not None and saved["fetched"] is None  # written between the iterator and its first batch
+            set_generator_states(saved["made"] if begun else None, loaders)
             self._made = generator_states(loaders)
-            if not any(stateful) or self._trainer.fit_loop._combined_loader_states_to_load:  # Lightning didn't load what it saved
-                iter(fetcher)
+            iter(fetcher)
+            set_generator_states(saved["now"] if begun else None, loaders)
             self._fetched = generator_states(loaders)
             return
         self._made, self._fetched = saved["made"], saved["fetched"]
