@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
-import resource
 import sys
 
 import torch
@@ -45,8 +45,10 @@ class ZOMonitor(ZOCallback):
             "forward_passes": float(last.forward_passes),
             "zero_difference_share": _mean([float(r.zero_difference) for r in reports]),
             "skipped_share": _mean([float(r.skipped) for r in reports]),
-            "peak_memory_gb": peak_memory(self._device) / 1e9,
         }
+        peak = peak_memory(self._device)
+        if peak is not None:
+            charts["peak_memory_gb"] = peak / 1e9
         for name in _MEANS:
             values = [getattr(r, "seconds" if name == "step_seconds" else name) for r in used]
             if values:
@@ -60,9 +62,12 @@ def _mean(values: list[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: torch's peak allocation on a CUDA device, else the largest resident size that the process had."""
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes: torch's peak allocation on a CUDA device, else the largest resident size that the process had; None where Windows hides it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if importlib.util.find_spec("resource") is None:
+        return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

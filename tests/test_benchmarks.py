@@ -1,0 +1,97 @@
+"""The benchmarks run, on a tiny shape: their figures are measured by hand and kept under benchmarks/results/."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parent.parent
+TINY = (
+    "num_hidden_layers=2 hidden_size=32 word_embed_proj_dim=32 ffn_dim=64 vocab_size=100 num_attention_heads=4"
+)
+
+
+def script(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "benchmarks" / name), *arguments, "--threads", "1"]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=300)
+
+
+@pytest.fixture
+def mezo(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import mezo_loop
+
+    return mezo_loop.MeZO
+
+
+def test_step_cost_measures_all_contenders(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "cost.json"
+    done = script("step_cost.py", "--batch", "2", "--length", "8", "--rounds", "2", "--json", str(out), "--set", *TINY.split())
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    engine = {f"engine {weights} {noise}" for weights in ("exact", "inplace") for noise in ("rademacher", "gaussian")}
+    hosts = {f"{host} {noise}" for host in ("lightning", "hf") for noise in ("rademacher", "gaussian")}
+    assert set(result["times"]) == {"two forwards", "mezo loop", "lightning, idle step", "hf, idle step"} | engine | hosts
+    assert result["times"]["two forwards"]["over_two_forwards"] == 1
+    assert all(row["steps"] >= 6 for row in result["times"].values())
+    assert result["environment"]["torch"] == torch.__version__
+    assert set(result["memory"]) == {"inference", "mezo loop"} | engine
+    exact = result["memory"]["engine exact rademacher"]
+    assert exact["kept_bytes"] >= exact["largest_unit_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "no_such_field=3"], "OPTConfig has no 'no_such_field'"),
+        (["--noise", "uniform"], "invalid choice: 'uniform'"),
+        (["--weights", "exactly"], "invalid choice: 'exactly'"),
+    ],
+)
+def test_wrong_options_are_named(arguments: list[str], message: str) -> None:
+    done = script("step_cost.py", *arguments)
+    assert done.returncode != 0
+    assert message in done.stderr
+
+
+def test_noise_speed_runs_without_a_compiler(tmp_path: Path) -> None:
+    out = tmp_path / "noise.json"
+    done = script("noise_speed.py", "--numel", "100000", "--rounds", "2", "--json", str(out), ZO_LIGHTNING_COMPILE="0")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert result["compiler"] is False
+    assert set(result["times"]) == {"normal_", "normal_ and add_", "rademacher, added", "gaussian, added"}
+
+
+def test_the_mezo_loop_is_algorithm_1(mezo: Any) -> None:
+    """Against z as a whole: one step is theta - lr g z, and the loop comes back to theta in between."""
+    torch.manual_seed(0)
+    net = nn.Linear(5, 3).double()
+    x, before = torch.randn(4, 5, dtype=torch.float64), [p.detach().clone() for p in net.parameters()]
+    loop = mezo(net, lr=0.1, eps=1e-3)
+    seed = int(torch.randint(2**31, (), generator=torch.Generator().manual_seed(0)))
+    torch.manual_seed(seed)
+    z = [torch.randn(p.shape, dtype=torch.float64) for p in before]
+
+    def loss() -> torch.Tensor:
+        return net(x).square().mean()
+
+    sides = []
+    for sign in (1, -1):
+        for p, base, direction in zip(net.parameters(), before, z, strict=True):
+            p.data = base + sign * 1e-3 * direction
+        sides.append(float(loss().detach()))
+    for p, base in zip(net.parameters(), before, strict=True):
+        p.data = base.clone()
+    projected = loop.step(loss)
+    assert projected == pytest.approx((sides[0] - sides[1]) / 2e-3, rel=1e-9)
+    for p, base, direction in zip(net.parameters(), before, z, strict=True):
+        torch.testing.assert_close(p.data, base - 0.1 * projected * direction, rtol=1e-12, atol=1e-12)
