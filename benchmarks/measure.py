@@ -74,7 +74,7 @@ def peak_bytes(work: Callable[[], object], device: str) -> tuple[int, int]:
         return torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
         work()
-    events = run.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = run.profiler.kineto_results.events()
     deltas = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     now = peak = 0
     for _, nbytes in deltas:

@@ -65,8 +65,9 @@ def build(options: argparse.Namespace) -> Workload:
     torch.manual_seed(0)
     config = configuration(options.config, options.set, options.dropout)
     model = TASKS[options.task].from_config(config, dtype=DTYPES[options.dtype]).to(options.device).train()
-    ids = torch.randint(3, config.vocab_size, (options.batch, options.length), device=options.device)
-    labels = ids.clone() if options.task == "causal-lm" else torch.randint(0, config.num_labels, (options.batch,), device=options.device)
+    ids = torch.randint(3, int(config.vocab_size), (options.batch, options.length), device=options.device)
+    classes = torch.randint(0, int(config.num_labels or 2), (options.batch,), device=options.device)
+    labels = ids.clone() if options.task == "causal-lm" else classes
     return Workload(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
 
 

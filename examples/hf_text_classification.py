@@ -103,7 +103,8 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 def main(arguments: list[str]) -> dict[str, float]:
     """Train; print and return the accuracy before and after."""
-    parser = HfArgumentParser((ScriptArguments, ZOConfig))
+    kinds: Any = (ScriptArguments, ZOConfig)
+    parser = HfArgumentParser(kinds)
     script, config = parser.parse_args_into_dataclasses(arguments)
     set_seed(config.seed)
     model, tokenizer, data = load(script)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,14 @@ from typing import Any
 import pytest
 import torch
 from hf_tools import bert, losses, trainer
+from torchmetrics import CatMetric, SumMetric
+from torchmetrics.classification import BinaryAccuracy
 from transformers import TrainerCallback
 
 from zo_lightning.callbacks.base import ZOCallback
 from zo_lightning.callbacks.monitor import ZOMonitor
-from zo_lightning.engine import ZOOptimizer
+from zo_lightning.engine import SPSA, ZOOptimizer
+from zo_lightning.hf_integration import ZOTrainer
 
 
 class Recorder(ZOCallback):
@@ -96,6 +100,46 @@ def test_auto_find_batch_size_begins_a_new_run_with_a_smaller_batch(tmp_path: Pa
     assert host.zo_optimizer.steps == len(attempts) + 1  # one whole step in each attempt that failed: no seed twice
     assert [event for event in callback.events if isinstance(event, str)] == ["start", "end"] * len(attempts)
     assert len(callback.events) == 2 * len(attempts) + host.zo_optimizer.steps
+
+
+class Measured(ZOTrainer):
+    """Counts and measures in all the ways that trainers do."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.total, self.accuracy, self.calls = torch.zeros(()), BinaryAccuracy(), 0
+        self.parts: dict[str, Any] = {"rows": SumMetric(), "sizes": [[]], "recent": deque(maxlen=2)}
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if model.training:
+            self.total += loss.detach()
+            self.accuracy.update(outputs.logits.argmax(-1), inputs["labels"])
+            self.parts["rows"].update(len(inputs["labels"]))
+            self.parts["sizes"][0].append(len(inputs["labels"]))
+            self.parts["recent"].append(float(loss))
+            model.seen.update(inputs["input_ids"].float())
+            self.calls += 1
+        return (loss, outputs) if return_outputs else loss
+
+
+@pytest.mark.parametrize("weights", ["exact", "copy"])  # exact has one more evaluation, in its first step
+def test_what_a_trainer_measures_is_measured_once(weights: str, tmp_path: Path) -> None:
+    model = bert(dropout=0.0)
+    model.seen = CatMetric()
+    callback = Recorder()
+    host = trainer(tmp_path, model, Measured, callbacks=[callback], zo_weights=weights, zo_estimator=SPSA(2))
+    first: list[float] = []
+    callback.on_zo_step = lambda run, report: first.append(report.values[0])  # type: ignore[method-assign]
+    host.train()
+    assert host.zo_optimizer.forward_passes == 16
+    assert host.calls == 4
+    assert host.total.item() == pytest.approx(sum(first))
+    assert host.parts["rows"].compute() == host.accuracy._update_count * 8 == 32
+    assert host.parts["sizes"] == [[8, 8, 8, 8]]
+    assert list(host.parts["recent"]) == pytest.approx(first[-2:])
+    assert len(model.seen.value) == 4
+    assert not {"log", "backward"} & (set(vars(host)) | set(vars(host.accelerator)))
 
 
 class Counter(Recorder):

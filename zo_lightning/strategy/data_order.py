@@ -54,6 +54,17 @@ class DataOrder:
     def load(self, saved: dict[str, Any] | None) -> None:
         """The run goes on from a checkpoint; None where it holds no state of ours."""
         self._saved, self._resuming = saved, True
+        fit = self._trainer.fit_loop
+        batch, epoch = self._loop.batch_progress, fit.epoch_progress.current
+        if fit._iteration_based_training() and batch.current.completed and not batch.is_last_batch and epoch.completed == epoch.ready:
+            self._uncount("processed", "completed")  # max_steps ended the run, and Lightning counted the epoch that it cut short
+
+    def _uncount(self, *names: str) -> None:
+        """Take one from the epochs that are counted."""
+        progress = self._trainer.fit_loop.epoch_progress
+        for count in (progress.current, progress.total):
+            for name in names:
+                setattr(count, name, getattr(count, name) - 1)
 
     def loader_ready(self) -> None:
         """The fit loop is about to make the iterator of its first epoch."""
@@ -76,6 +87,9 @@ class DataOrder:
         saved, self._saved = self._saved, None
         if self._loop.restarted_on_train_batch_end and self._loop.batch_progress.is_last_batch:
             self._loop.batch_progress.reset_on_run()  # Lightning forgets to where it doesn't know the length of an epoch
+        if resuming and self._ended_before():
+            self._loop._restarting = False
+            self._loop.reset()
         seen = int(self._loop.batch_progress.current.ready)
         if resuming and self._trainer.fit_loop.restarted_on_epoch_end:
             self._skip_epoch()
@@ -91,12 +105,16 @@ class DataOrder:
         inner(fetcher)
         self._fetched = generator_states(self._loaders())
 
+    def _ended_before(self) -> bool:
+        """The run ended with the epoch, by max_steps: Lightning would go on in the old epoch, under the number of the next."""
+        fit, loop = self._trainer.fit_loop, self._loop
+        counted = not (fit.restarted_mid_epoch or fit.restarted_on_epoch_end)
+        return bool(loop.restarted_on_last and loop.batch_progress.is_last_batch and counted)
+
     def _skip_epoch(self) -> None:
-        """With max_steps, Lightning enters an epoch that had ended once more: it trains on one batch too many and counts the epoch twice."""
+        """With max_steps, Lightning enters an epoch that had ended once more: one batch too many, and the epoch counted twice."""
         self._loop._restarting = False
-        progress = self._trainer.fit_loop.epoch_progress
-        for count in (progress.current, progress.total):
-            count.processed -= 1
+        self._uncount("processed")
 
     def _go_on(self, fetcher: Any, seen: int, saved: dict[str, Any] | None) -> None:
         """Bring the iterator to where the checkpoint was written, or say why not."""
@@ -111,7 +129,8 @@ class DataOrder:
             begun = saved["made"] is not None and saved["fetched"] is None  # written between the iterator and its first batch
             set_generator_states(saved["made"] if begun else None, loaders)
             self._made = generator_states(loaders)
-            iter(fetcher)
+            if not (begun and any(stateful)):
+                iter(fetcher)
             set_generator_states(saved["now"] if begun else None, loaders)
             self._fetched = generator_states(loaders)
             return

@@ -149,7 +149,6 @@ class ForwardOnly(Bindable):
         trainer, engine = self._zo_trainer, self.zo_optimizer
         if engine is None or self._zo_data is None:
             return
-        engine.discard()
         if engine.steps == 0 and trainer.global_step > 0:
             engine.steps = trainer.global_step  # weights of another run: the seeds of its first steps are used up
         self._zo_data.attach()

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 NAMES = ("lightning.pytorch", "pytorch_lightning")
 
 if TYPE_CHECKING:
-    from lightning.pytorch.strategies import Strategy as _Host
+    from lightning.pytorch.strategies import Strategy
+
+    class _Host(Strategy):
+        """What the bound class inherits, while a Trainer runs."""
+
+        lightning_module: Any
+        model: Any
+        global_rank: int
+        world_size: int
+
 else:
     _Host = object
 
@@ -112,11 +121,13 @@ def _unbound(cls: type) -> type:
 
 @lru_cache
 def _bound(cls: type, host: type) -> type:
-    return type(host)(cls.__name__, (cls, host), {"__module__": cls.__module__, "__doc__": cls.__doc__, "_zo_bound": True})
+    metaclass: Any = type(host)
+    bound: type = metaclass(cls.__name__, (cls, host), {"__module__": cls.__module__, "__doc__": cls.__doc__, "_zo_bound": True})
+    return bound
 
 
 def _rebuild(cls: type, host: type | None) -> Any:
-    strategy = cls.__new__(cls)
+    strategy: Any = object.__new__(cls)
     if host is not None:
         strategy.__class__ = _bound(cls, host)
     return strategy

@@ -1,0 +1,117 @@
+"""Run by test_lightning_processes: trains each case with strategy "zo_ddp" on two gloo processes and saves what each ends with."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_models import NAMES, Recorder, lightning, lit, loader, loss_of, net, state, trainer
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Sampler
+from torch.utils.data.distributed import DistributedSampler
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {"batch_size": 4},
+    "other namespace": {"batch_size": 4, "name": NAMES[1]},
+    "accumulated": {"batch_size": 2, "accumulate_grad_batches": 2},
+    "buffers": {"batch_size": 4},
+}
+
+
+def make(case: str, rank: int) -> Any:
+    """The module of a case; every rank begins with other weights."""
+    pl_module = lit(CASES[case].get("name", NAMES[0]))
+
+    class Module(pl_module):  # type: ignore[misc]
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            self.log("loss", loss, on_step=False, on_epoch=True, sync_dist=True)
+            return loss
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val_loss", loss_of(self.net, batch), sync_dist=True)
+
+    draw = torch.Generator().manual_seed(rank)
+    model = net(torch.float64) if case == "buffers" else nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=draw, dtype=torch.float64) * 0.3)
+    return Module(model)
+
+
+class InLightningsOrder(Sampler[int]):
+    """The rows in the order in which two ranks take them from the sampler that Lightning puts in."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return 64
+
+    def __iter__(self) -> Iterator[int]:
+        ranks = [DistributedSampler(range(64), 2, rank, shuffle=True, seed=0) for rank in range(2)]  # type: ignore[arg-type]
+        for sampler in ranks:
+            sampler.set_epoch(self.epoch)
+        return (index for pair in zip(*ranks, strict=True) for index in pair)
+
+
+def fit(case: str, folder: Path, rank: int = 0, path: Path | None = None, **options: Any) -> dict[str, Any]:
+    """Train a case for two epochs; what it ends with."""
+    given = dict(CASES[case])
+    name, batch_size = given.pop("name", NAMES[0]), given.pop("batch_size") * (1 if "devices" in options else 2)
+    module, recorder, ranks = make(case, rank), Recorder(), []
+    wrapped: list[bool] = []
+    watch = lightning(name).callbacks.LambdaCallback(
+        on_train_start=lambda host, module: wrapped.append(isinstance(host.strategy.model, DistributedDataParallel)),
+        on_validation_end=lambda host, module: ranks.append(state(module)),
+    )
+    host = trainer(folder, name, max_epochs=2, callbacks=[recorder, watch], num_sanity_val_steps=0, **given, **options)
+    data = loader(batch_size, dtype=torch.float64, sampler=None if "devices" in options else InLightningsOrder())
+    host.fit(module, data, loader(8, dtype=torch.float64), ckpt_path=path, weights_only=None if path is None else True)
+    checkpoint = folder / f"{case}.ckpt"
+    if path is None:
+        host.save_checkpoint(checkpoint)
+    return {
+        "weights": state(module.net),
+        "validated": ranks,
+        "values": recorder.values,
+        "wrapped": wrapped,
+        "logged": {key: float(value) for key, value in host.callback_metrics.items()},
+        "rank": host.global_rank,
+    }
+
+
+def resume(case: str, folder: Path, rank: int, **options: Any) -> dict[str, Any]:
+    """The same run, broken off after an odd number of batches, and resumed."""
+    name = CASES[case].get("name", NAMES[0])
+    given = {key: value for key, value in CASES[case].items() if key not in ("name", "batch_size")}
+    half = trainer(folder, name, max_steps=3, num_sanity_val_steps=0, **given, **options)
+    half.fit(make(case, rank), loader(CASES[case]["batch_size"], dtype=torch.float64))
+    half.save_checkpoint(folder / f"{case}.half.ckpt")
+    rest = make(case, rank + 2)
+    host = trainer(folder, name, max_steps=16, num_sanity_val_steps=0, **given, **options)
+    host.fit(rest, loader(CASES[case]["batch_size"], dtype=torch.float64), ckpt_path=folder / f"{case}.half.ckpt", weights_only=True)
+    return state(rest.net)
+
+
+def main(folder: Path) -> None:
+    """Lightning starts the second process itself, with the same command line."""
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    processes = {"strategy": "zo_ddp", "devices": 2}
+    for case in CASES:
+        result = fit(case, folder, rank, **processes)
+        if case != "buffers":
+            result["resumed"] = resume(case, folder, rank, **processes)
+        torch.save(result, folder / f"{case}.{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,167 @@
+"""Compiled kernels and the eager way out: the same values, with a C++ compiler, without one, and when it is switched off."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from engine_models import FLOATS, bits
+from reference import noise as reference
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+
+from zo_lightning.engine import Gaussian, Noise, Rademacher, ZOWarning
+from zo_lightning.engine.noise import Item, compiling, gaussian, sweep
+from zo_lightning.engine.noise.compiling import available
+
+NOISES: dict[str, Noise] = {"rademacher": Rademacher(), "gaussian": Gaussian()}
+SWEEP = sys.modules["zo_lightning.engine.noise.sweep"]
+BIG = (1 << 19) + 3 * 64 + 5
+"""More than one block of Box-Muller and one row of 64 signs, and not a multiple of either."""
+
+
+@pytest.fixture
+def compiler() -> None:
+    if not available("cpu"):
+        pytest.skip("there is no C++ compiler here: the eager path is the only one")
+
+
+def added(start: Tensor, noise: str, coefficients: Sequence[float], decay: float, in_place: bool = False) -> Tensor:
+    weights = start.clone()
+    out = weights if in_place else torch.empty_like(weights)
+    sweep([Item(out, weights, 5, decay, tuple(coefficients))], [9 + j for j in range(len(coefficients))], NOISES[noise])
+    return out
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("coefficients", [(0.3,), (0.3, -0.7, 0.01)], ids=["one term", "three terms"])
+def test_compiled_rademacher_is_eager_bit_for_bit(
+    coefficients: tuple[float, ...], dtype: torch.dtype, compiler: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts = [torch.randn(count).to(dtype) for count in (BIG, 1 << 19, 40_001)]
+    cases = [(start, decay, in_place) for start in starts for decay in (1.0, 0.97) for in_place in (False, True)]
+    compiled = [added(start, "rademacher", coefficients, decay, in_place) for start, decay, in_place in cases]
+    monkeypatch.setattr(SWEEP, "available", lambda device: False)
+    for got, (start, decay, _) in zip(compiled, cases, strict=True):
+        assert torch.equal(bits(got), bits(added(start, "rademacher", coefficients, decay)))
+
+
+def test_compiled_gaussian_is_eager_to_a_millionth(compiler: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sines, cosines and logarithms of vector libraries differ in their last bits."""
+    start = torch.randn(BIG)
+    compiled = added(start, "gaussian", (0.3,), 0.97)
+    monkeypatch.setattr(SWEEP, "available", lambda device: False)
+    assert float((compiled - added(start, "gaussian", (0.3,), 0.97)).abs().max()) <= 1e-6
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, CompileCounter]]:
+    """Gaussian kernels that are traced as always and then run as they were traced; how often is counted."""
+    counters = {}
+    for name in ("_add_pair", "_add_pair_", "_add_first", "_add_first_"):
+        plain, counters[name] = getattr(gaussian, name)._torchdynamo_orig_callable, CompileCounter()
+        monkeypatch.setattr(gaussian, name, torch.compile(plain, dynamic=True, fullgraph=True, backend=counters[name]))
+    monkeypatch.setattr(SWEEP, "available", lambda device: True)
+    torch._dynamo.reset()
+    yield counters
+    torch._dynamo.reset()
+
+
+def test_kernels_are_compiled_a_few_times_whatever_the_lengths_and_dtypes(counted: dict[str, CompileCounter]) -> None:
+    """torch.compile gives up after 8 graphs of one function, and each costs seconds."""
+    lengths = [40_001, 50_000, 1 << 18, (1 << 18) + 1, (1 << 18) + 2, 300_000, 1 << 19, (1 << 19) + 1, BIG, (1 << 20) + 77, 3 << 19]
+    for dtype in (torch.float32, torch.bfloat16):
+        for length in lengths:
+            start = torch.ones(length, dtype=dtype)
+            for in_place in (False, True):
+                got = added(start, "gaussian", (0.5,), 1.0, in_place).double()
+                z = torch.from_numpy(reference.gaussian(9, 5, np.arange(length)))
+                assert bool(((got - 1 - 0.5 * z).abs() <= 2e-6 + got.abs() * torch.finfo(dtype).eps).all())
+    assert {name: counter.frame_count <= 4 for name, counter in counted.items()} == dict.fromkeys(counted, True)
+
+
+def test_one_kernel_serves_every_dtype_without_reaching_the_limit_of_graphs(counted: dict[str, CompileCounter]) -> None:
+    for dtype in FLOATS:
+        for length in (40_001, (1 << 18) + 1, (1 << 18) + 300, BIG):
+            for coefficients in ((0.5,), (0.5, 0.25)):
+                for in_place in (False, True):
+                    assert bool(added(torch.ones(length, dtype=dtype), "gaussian", coefficients, 1.0, in_place).isfinite().all())
+    assert max(counter.frame_count for counter in counted.values()) <= 8
+
+
+# ---- without a compiler
+
+SCRIPT = """
+import hashlib, warnings
+import torch
+from torch import nn
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    from zo_lightning.engine import ZOOptimizer
+    from zo_lightning.engine.noise.compiling import available
+    torch.manual_seed(0)
+    model = nn.Linear(300, 200)
+    x = torch.randn(4, 300)
+    optimizer = ZOOptimizer(model, lr=1e-3, weight_decay=0.1)
+    for _ in range(3):
+        optimizer.step(lambda: torch.ones(()) * model.weight[:2, :2].double().round(decimals=3).sum().float() + x[0, 0])
+    ours = [str(w.message) for w in said if type(w.message).__name__ == "ZOWarning"]
+print(available("cpu"), hashlib.sha256(model.weight.detach().numpy().tobytes()).hexdigest(), len(ours), " ".join(ours))
+"""
+
+
+def fresh(tmp_path: Path, **variables: str) -> tuple[bool, str, str]:
+    """(whether kernels are compiled, digest of the weights after three steps, what was said) in a new process."""
+    root = Path(__file__).resolve().parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "2", **variables}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    flag, digest, count, *said = done.stdout.split()
+    assert int(count) <= 1
+    return flag == "True", digest, " ".join(said)
+
+
+@pytest.mark.slow
+def test_without_a_compiler_steps_are_the_same_bit_for_bit(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    nothing = {"CXX": "/nonexistent/c++", "PATH": str(tmp_path / "empty"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    ordinary = fresh(tmp_path)
+    switched_off = fresh(tmp_path, ZO_LIGHTNING_COMPILE="0")
+    without = fresh(tmp_path, **nothing)
+    assert switched_off == (False, ordinary[1], "")
+    assert without[:2] == (False, ordinary[1])
+    assert "torch.compile does not work here on cpu" in without[2]
+    assert "ZO_LIGHTNING_COMPILE=0" in without[2]
+
+
+def test_a_warning_of_torch_while_it_compiles_does_not_switch_compilation_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    def noisy(function: object, **options: object) -> object:
+        def probe(x: Tensor) -> Tensor:
+            warnings.warn("an import inside torch is deprecated", DeprecationWarning, stacklevel=1)
+            return x
+
+        return probe
+
+    monkeypatch.setattr(torch, "compile", noisy)
+    assert compiling.available.__wrapped__("cpu")
+
+
+def test_a_compiler_that_fails_is_reported_once_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(function: object, **options: object) -> object:
+        raise RuntimeError("no such linker\nand a long trace")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert not compiling.available.__wrapped__("cpu")
+        assert not compiling.available.__wrapped__("cpu")
+    assert [warning.category for warning in said] == [ZOWarning]
+    assert "RuntimeError: no such linker), so the noise kernels run eagerly" in str(said[0].message)
+    assert "ZO_LIGHTNING_COMPILE=0" in str(said[0].message)

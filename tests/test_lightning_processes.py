@@ -1,0 +1,64 @@
+"""strategy="zo_ddp": two gloo processes train what one process trains on twice the batch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning_models import HOST_WARNINGS, same
+from lightning_worker import CASES, fit
+
+pytestmark = [pytest.mark.filterwarnings(text) for text in HOST_WARNINGS]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Any]:
+    """What both ranks saved, by case and rank."""
+    folder = tmp_path_factory.mktemp("processes")
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(here), str(here.parent)])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, str(here / "lightning_worker.py"), str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {(case, rank): torch.load(folder / f"{case}.{rank}.pt", weights_only=True) for case in CASES for rank in range(2)}
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "buffers"])
+def test_ranks_stay_equal_and_match_one_process(case: str, results: dict[tuple[str, int], Any], tmp_path: Path) -> None:
+    first, second = results[case, 0], results[case, 1]
+    assert [first["rank"], second["rank"]] == [0, 1]
+    assert same(first["weights"], second["weights"])  # rank 1 began with other weights
+    assert first["values"] == second["values"]
+    alone = fit(case, tmp_path)
+    assert len(first["values"]) == len(alone["values"]) == 16
+    for one, other in zip(first["values"], alone["values"], strict=True):
+        assert one == pytest.approx(other, abs=1e-9)
+    for name, tensor in alone["weights"].items():
+        torch.testing.assert_close(first["weights"][name], tensor, rtol=0, atol=1e-9)
+    assert first["logged"] == second["logged"] == pytest.approx(alone["logged"], abs=1e-9)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "buffers"])
+def test_a_resume_on_two_ranks_is_the_uninterrupted_run(case: str, results: dict[tuple[str, int], Any]) -> None:
+    for rank in range(2):
+        assert same(results[case, rank]["resumed"], results[case, 0]["weights"])
+
+
+def test_all_ranks_validate_with_the_buffers_of_the_first(results: dict[tuple[str, int], Any]) -> None:
+    first, second = results["buffers", 0], results["buffers", 1]
+    assert first["values"] == second["values"]
+    assert len(first["validated"]) == 2
+    for one, other in zip(first["validated"], second["validated"], strict=True):
+        assert same(one, other)
+        assert one["net.1.num_batches_tracked"] > 0
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_there_is_no_wrapper_with_gradient_buckets(case: str, results: dict[tuple[str, int], Any]) -> None:
+    assert results[case, 0]["wrapped"] == results[case, 1]["wrapped"] == [False]
