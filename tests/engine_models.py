@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from reference.noise import evaluation_seed
+from reference.spsa import Settings, spsa_step
 from torch import Tensor, nn
+
+from zo_lightning.engine import ZOOptimizer
 
 Closure = Callable[[], Tensor]
 INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 RESIDENCIES = ("exact", "copy", "inplace")
+STEPS = 3
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -172,3 +178,158 @@ def sequence_model(name: str, dtype: torch.dtype = torch.float64, seed: int = 0)
     """One of SEQUENCE_MODELS, the same each time."""
     torch.manual_seed(seed)
     return SEQUENCE_MODELS[name]().to(dtype)
+
+
+class Images(nn.Module):
+    """Residual convolutions with running statistics, with weights and activations in channels-last layout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.blocks = nn.Sequential(*[nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()) for _ in range(2)])
+        self.head = nn.Linear(8, 4)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+class Reparametrized(nn.Module):
+    """Weights that are functions of the trained ones, by a parametrization and by a hook, in blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.utils.parametrizations.weight_norm(nn.Linear(10, 16))
+        self.blocks = nn.ModuleList([nn.Sequential(nn.utils.spectral_norm(nn.Linear(16, 16)), nn.Tanh()) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return x.mean(1, keepdim=True)
+
+
+class Recursive(nn.Module):
+    """A block that calls itself, and no other blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(10, 10)
+        self.scale = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x: Tensor, depth: int = 3) -> Tensor:
+        deeper = self(x * 0.5, depth - 1) if depth else x
+        return torch.tanh(self.inner(deeper)) * self.scale if depth < 3 else deeper.mean(1, keepdim=True) * self.scale
+
+
+class Unusual(nn.Module):
+    """Weights with holes, transposed, without dimensions and without elements; read by functions, not by layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.holes = nn.Parameter(torch.randn(16, 20)[:, ::2])
+        self.turned = nn.Parameter(torch.randn(16, 8).t())
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.nothing = nn.Parameter(torch.empty(0, 3))
+
+    def to(self, *args: object, **kwargs: object) -> Unusual:
+        """Casting keeps the strides of a dense tensor only: the holes are made again."""
+        super().to(*args, **kwargs)  # type: ignore[call-overload]
+        wide = torch.zeros(16, 20, dtype=self.holes.dtype)
+        wide[:, ::2] = self.holes.detach()
+        self.holes = nn.Parameter(wide[:, ::2])
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (torch.tanh(x @ self.holes.t()) @ self.turned.t()).mean(1, keepdim=True) * self.scale + self.nothing.sum()
+
+
+def pictures(model: Callable[[Tensor], Tensor], dtype: torch.dtype = torch.float64) -> Closure:
+    """The loss of a classification of images as a closure."""
+    x = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
+    return lambda: F.cross_entropy(model(x.to(memory_format=torch.channels_last)), torch.tensor([0, 1, 2, 3, 0, 1]))
+
+
+def penalized(model: nn.Module) -> Closure:
+    """A loss that reads every weight itself, outside of any forward."""
+    loss = next_token(model)
+    return lambda: loss() + 0.01 * torch.stack([weight.square().sum() for weight in model.parameters()]).sum()
+
+
+TASKS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Closure]]] = {
+    **{name: (make, next_token) for name, make in SEQUENCE_MODELS.items()},
+    "BatchNorm and channels-last convolutions": (Images, pictures),
+    "weight norm and spectral norm": (Reparametrized, lambda model: mean_square(model, regression())),
+    "a module that calls itself": (Recursive, lambda model: mean_square(model, regression())),
+    "unusual weights": (Unusual, lambda model: mean_square(model, regression())),
+    "a penalty on the weights beside the model": (LanguageModel, penalized),
+    "no blocks": (lambda: mlp(dropout=0.2), lambda model: mean_square(model, regression())),
+}
+
+
+def task(name: str) -> tuple[nn.Module, Closure]:
+    """A model of TASKS in float64, the same each time, and its loss."""
+    torch.manual_seed(0)
+    make, loss = TASKS[name]
+    model = make().to(torch.float64)
+    return model, loss(model)
+
+
+def by_hand(
+    model: nn.Module, loss: Callable[[nn.Module], Closure], settings: Settings, steps: int = STEPS, prefix: str = ""
+) -> tuple[dict[str, Tensor], list[list[float]]]:
+    """The weights after `steps` steps on deep copies whose weights are overwritten for every evaluation, and the losses.
+
+    Buffers advance as the first evaluation of each step leaves them. `prefix` is no part of the names.
+    """
+    trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    theta = {name.removeprefix(prefix): model.get_parameter(name).detach().clone() for name in trained}
+    values, twins = [], [model]
+    for step in range(steps):
+        start = twins[0]
+        twins = []
+
+        def evaluate(weights: dict[str, Tensor], step: int = step, start: nn.Module = start, twins: list[nn.Module] = twins) -> float:
+            twins.append(copy.deepcopy(start))
+            with torch.no_grad():
+                for name in trained:
+                    twins[-1].get_parameter(name).copy_(weights[name.removeprefix(prefix)])
+                torch.manual_seed(evaluation_seed(settings.seed, step, 0))
+                return float(loss(twins[-1])())
+
+        theta, losses = spsa_step(theta, evaluate, settings, step)
+        values.append(losses)
+    return theta, values
+
+
+def train(optimizer: ZOOptimizer, loss: Closure, steps: int = STEPS) -> list[list[float]]:
+    """The losses at every point of every step."""
+    values = []
+    for _ in range(steps):
+        optimizer.step(loss)
+        assert optimizer.report is not None
+        values.append(list(optimizer.report.values))
+    return values
+
+
+class Spy:
+    """Holds the memory of a model's weights and looks at it after each forward of each module.
+
+    It reads through numpy: what torch operations read while a pass is watched counts as a use of the weights.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.pointers = [weight.data_ptr() for weight in model.parameters()]
+        self.bases = [weight.detach().numpy() for weight in model.parameters()]
+        self.start = [base.tobytes() for base in self.bases]
+        self.looks: list[bool] = []
+        for module in model.modules():
+            module.register_forward_hook(lambda *args: self.looks.append(self.unperturbed()))
+
+    def unperturbed(self) -> bool:
+        return [base.tobytes() for base in self.bases] == self.start
+
+    def back(self) -> bool:
+        """The parameters are on their own memory, and that is unperturbed."""
+        return [weight.data_ptr() for weight in self.model.parameters()] == self.pointers and self.unperturbed()

@@ -149,7 +149,8 @@ def test_any_shape_layout_and_dtype_gets_the_same_noise_by_logical_index(
     """0-d and empty tensors are among the shapes. Rademacher with dyadic coefficients is exact in every dtype."""
     start = torch.linspace(-2, 2, int(np.prod(shape, dtype=int))).mul(64).round().div(64).view(shape).to(dtype)
     if layout == "transposed":
-        start = start.permute(*reversed(range(start.dim()))).contiguous().permute(*reversed(range(start.dim())))
+        axes = tuple(reversed(range(start.dim())))
+        start = start.permute(axes).contiguous().permute(axes)
     if layout == "strided" and start.dim():
         start = torch.stack([start, start], -1)[..., 0]
     if layout == "channels last" and start.dim() == 4:

@@ -55,11 +55,11 @@ def rademacher(seed: int, key: int, index: NDArray[np.int64]) -> Values:
 def gaussian(seed: int, key: int, index: NDArray[np.int64]) -> Values:
     """Box-Muller over blocks of 2**19 elements: the cosines are the first half of a block, the sines the second.
 
-    Radius sqrt(-2 ln u) with u = (top 24 bits of the first word + 1/2) / 2**24; angle = pi * (second word, signed) / 2**31.
+    Radius sqrt(-2 ln u) with u = (top 24 bits of the first word + 1) / 2**24; angle = pi * (second word, signed) / 2**31.
     """
     block, within = np.divmod(index, 2 * HALF)
     first, second = _hash(seed, key, block * HALF + within % HALF)
-    radius = np.sqrt(-2 * np.log(((first >> np.uint32(8)).astype(np.float64) + 0.5) / 2**24))
+    radius = np.sqrt(-2 * np.log(((first >> np.uint32(8)).astype(np.float64) + 1) / 2**24))
     angle = np.pi * second.view(np.int32).astype(np.float64) / 2**31
     return radius * np.where(within < HALF, np.cos(angle), np.sin(angle))
 

@@ -32,6 +32,10 @@ class Noise(ABC):
         """z over the stretches, concatenated; one-dimensional, of `dtype` (float32 or float64), on the device of `keys`."""
 
     @abstractmethod
+    def at(self, index: Tensor, key: Tensor) -> Tensor:
+        """z[index] in float32, for an int64 tensor of any shape and one stream's `key` of shape (3,)."""
+
+    @abstractmethod
     def add(self, out: Tensor, base: Tensor, key: Tensor, start: int, scalars: Tensor) -> None:
         """out <- decay * base + c * z[start : start + numel] in one compiled pass, with `scalars` = (decay, c).
 

@@ -36,6 +36,11 @@ def available(device_type: str) -> bool:
     return True
 
 
+def dispatch(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """A `kernel`, or the function under it where nothing can be compiled."""
+    return function if available(device.type) else function._torchdynamo_orig_callable  # type: ignore[attr-defined]
+
+
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` compiled for any length, at its first call."""
     return torch.compile(function, dynamic=True, fullgraph=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zo_lightning.engine.noise.base import Noise, Stretch, counters
-from zo_lightning.engine.noise.compiling import kernel
+from zo_lightning.engine.noise.compiling import dispatch, kernel
 from zo_lightning.engine.noise.threefry import threefry
 
 _CHUNK = 1 << 22
@@ -20,26 +20,37 @@ def _words(c0: Tensor, c1: Tensor, k0: Tensor, k1: Tensor) -> Tensor:
     return torch.stack(threefry(c0, c1, k0, k1), dim=-1).view(-1)
 
 
-@kernel
-def _words_of(first: Tensor, blocks: Tensor, key: Tensor) -> Tensor:
-    c0 = torch.arange(blocks.shape[0], dtype=torch.int32, device=key.device) + first
-    return torch.stack(threefry(c0, key[2], key[0], key[1]), dim=-1)
+def _words_into(words: Tensor, first: Tensor, key: Tensor) -> None:
+    """words[h, i] = half h (low, high) of hash(first + i), for words (2, n) int32."""
+    c0 = torch.arange(words.shape[1], dtype=torch.int32, device=key.device) + first
+    low, high = threefry(c0, key[2], key[0], key[1])
+    words[0].copy_(low)
+    words[1].copy_(high)
+
+
+def _signed(words: Tensor, scale: Tensor) -> Tensor:
+    """(n, 2, 32): scale where the bit is set, else -scale."""
+    bits = torch.ones((), dtype=torch.int32, device=words.device) << torch.arange(32, dtype=torch.int32, device=words.device)
+    return torch.where((words.t()[:, :, None] & bits) != 0, scale, -scale)
 
 
 @kernel
-def _add_signs(out: Tensor, base: Tensor, words: Tensor, scalars: Tensor) -> None:
-    shifts = torch.arange(64, device=base.device)
-    bits = (words[:, None] >> shifts[None, :]) & 1
-    signed = torch.where(bits != 0, scalars[1], -scalars[1])
-    out.copy_(base.to(scalars.dtype) * scalars[0] + signed)
+def _add_signs(out: Tensor, base: Tensor, words: Tensor, first: Tensor, key: Tensor, scalars: Tensor) -> None:
+    _words_into(words, first, key)
+    out.copy_(base.to(scalars.dtype) * scalars[0] + _signed(words, scalars[1]))
 
 
 @kernel
-def _add_signs_(weights: Tensor, words: Tensor, scalars: Tensor) -> None:
-    shifts = torch.arange(64, device=weights.device)
-    bits = (words[:, None] >> shifts[None, :]) & 1
-    signed = torch.where(bits != 0, scalars[1], -scalars[1])
-    weights.copy_(weights.to(scalars.dtype) * scalars[0] + signed)
+def _add_signs_(weights: Tensor, words: Tensor, first: Tensor, key: Tensor, scalars: Tensor) -> None:
+    _words_into(words, first, key)
+    weights.copy_(weights.to(scalars.dtype) * scalars[0] + _signed(words, scalars[1]))
+
+
+@kernel
+def _sign_at(index: Tensor, key: Tensor) -> Tensor:
+    low, high = threefry((index >> 6).int(), key[2], key[0], key[1])
+    lane = (index & 63).int()
+    return (((torch.where(lane < 32, low, high) >> (lane & 31)) & 1) * 2 - 1).float()
 
 
 @functools.cache
@@ -68,17 +79,20 @@ class Rademacher(Noise):
             at += length * 64
         return torch.cat(pieces)
 
+    def at(self, index: Tensor, key: Tensor) -> Tensor:
+        return dispatch(_sign_at, index.device)(index, key)
+
     def add(self, out: Tensor, base: Tensor, key: Tensor, start: int, scalars: Tensor) -> None:
         whole = base.numel() // 64 * 64
+        words = torch.empty(2 * min(whole, _CHUNK) // 64, dtype=torch.int32, device=base.device)
         for begin in range(0, whole, _CHUNK):
             end = min(begin + _CHUNK, whole)
             first = torch.tensor((start + begin) // 64, dtype=torch.int32, device=key.device)
-            words = _words_of(first, base[begin:end].view(-1, 64), key).view(torch.int64).view(-1)
-            target = out[begin:end].view(-1, 64)
+            target, drawn = out[begin:end].view(-1, 2, 32), words[: (end - begin) // 32].view(2, -1)
             if out is base:
-                _add_signs_(target, words, scalars)
+                _add_signs_(target, drawn, first, key, scalars)
             else:
-                _add_signs(target, base[begin:end].view(-1, 64), words, scalars)
+                _add_signs(target, base[begin:end].view(-1, 2, 32), drawn, first, key, scalars)
         if whole < base.numel():
             tail = Stretch(0, start + whole, base.numel() - whole)
             noise = self.values(key[None], [tail], scalars.dtype) * scalars[1]

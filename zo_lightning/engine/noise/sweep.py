@@ -19,13 +19,17 @@ PACK = 1 << 19
 
 
 class Item(NamedTuple):
-    """One tensor of a sweep: where the result goes (may be `base` itself), the weights, the parameter's key, its scalars."""
+    """One tensor of a sweep: where the result goes (may be `base` itself), the weights, the parameter's key, its scalars.
+
+    With `rows` (int64, repetitions allowed), only these rows of a matrix are read and written.
+    """
 
     out: Tensor
     base: Tensor
     key: int
     decay: float
     coefficients: tuple[float, ...]
+    rows: Tensor | None = None
 
 
 @torch.no_grad()
@@ -48,7 +52,10 @@ def _sweep_device(items: list[Item], seeds: Sequence[int], noise: Noise, device:
     size = 0
     for row, item in enumerate(items):
         numel = item.base.numel()
-        if numel > SMALL:
+        if item.rows is not None:
+            _rows(item, item.rows, keys[row * len(seeds) : (row + 1) * len(seeds)], noise)
+            done.append(item)
+        elif numel > SMALL:
             _large(item, keys[row * len(seeds) : (row + 1) * len(seeds)], noise)
             done.append(item)
         elif numel:
@@ -92,6 +99,18 @@ def _combine(item: Item, out: Tensor, base: Tensor, drawn: Sequence[Tensor]) -> 
         torch.add(base, total, out=out)
     else:
         out.copy_((base.to(dtype) * item.decay).add_(total))
+
+
+def _rows(item: Item, rows: Tensor, keys: Tensor, noise: Noise) -> None:
+    """Some rows of a matrix, for a lookup that reads no others."""
+    width = item.base.shape[1]
+    rows = rows.flatten()
+    for some in rows.split(max(1, PACK // width)):
+        index = some[:, None] * width + torch.arange(width, device=rows.device)
+        base = item.base[some]
+        out = torch.empty_like(base)
+        _combine(item, out, base, [noise.at(index, key) for key in keys])
+        item.out[some] = out
 
 
 def _large(item: Item, keys: Tensor, noise: Noise) -> None:

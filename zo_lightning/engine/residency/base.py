@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 from zo_lightning.engine.estimators import Displacement
 from zo_lightning.engine.noise import Item, Noise, sweep
@@ -57,9 +57,11 @@ class Residency(ABC):
             sweep(items, seeds, self.noise)
 
 
-def displaced(parameters: Sequence[Trained], outs: Sequence[object], point: Displacement, eps: Sequence[float]) -> list[Item]:
-    """Items that write theta + sum_j m_j eps z(s_j) into `outs`."""
+def displaced(
+    parameters: Sequence[Trained], outs: Sequence[Tensor], point: Displacement, eps: Sequence[float], rows: Tensor | None = None
+) -> list[Item]:
+    """Items that write theta + sum_j m_j eps z(s_j) into `outs`, into some rows of them where `rows` is given."""
     return [
-        Item(out, p.tensor.detach(), p.key, 1.0, tuple(multiple * eps[p.group] for _, multiple in point))  # type: ignore[arg-type]
+        Item(out, p.tensor.detach(), p.key, 1.0, tuple(multiple * eps[p.group] for _, multiple in point), rows)
         for p, out in zip(parameters, outs, strict=True)
     ]

@@ -14,7 +14,7 @@ from zo_lightning.engine.estimators import Displacement
 from zo_lightning.engine.noise import Noise, sweep
 from zo_lightning.engine.parameters import Trained
 from zo_lightning.engine.residency.base import Residency, displaced
-from zo_lightning.engine.residency.units import ReadWatch, Unit, cover, units_of
+from zo_lightning.engine.residency.units import ReadWatch, Unit, cover, rows_read, units_of
 
 _ALIGN = 64
 """Bytes. Matrix kernels may round differently on unaligned memory; scratch is aligned as allocations are."""
@@ -91,14 +91,16 @@ class _OnScratch(Residency):
         return self.materialized > 0
 
     @contextmanager
-    def _materialized(self, parameters: Sequence[Trained], point: Displacement, eps: Sequence[float]) -> Iterator[None]:
+    def _materialized(
+        self, parameters: Sequence[Trained], point: Displacement, eps: Sequence[float], rows: Tensor | None = None
+    ) -> Iterator[None]:
         todo = [p for p in parameters if id(p) not in self._away]
         outs, give_back = self._scratch.take(todo)
         bases: list[list[Tensor]] = []
         try:
             with _disable_current_modes():
                 bases.extend([alias.data for alias in p.aliases] for p in todo)
-                sweep(displaced(todo, outs, point, eps), [seed for seed, _ in point], self.noise)
+                sweep(displaced(todo, outs, point, eps, rows), [seed for seed, _ in point], self.noise)
             for p, out in zip(todo, outs, strict=True):
                 self._away.add(id(p))
                 for alias in p.aliases:
@@ -193,7 +195,7 @@ class Exact(_OnScratch):
         def hook(module: nn.Module, args: Any) -> None:
             if self._point is not None:
                 stack = ExitStack()
-                stack.enter_context(self._materialized(unit.parameters, *self._point))
+                stack.enter_context(self._materialized(unit.parameters, *self._point, rows_read(unit, args)))
                 self._open.setdefault(module, []).append(stack)
 
         return hook

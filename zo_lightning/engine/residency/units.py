@@ -63,6 +63,18 @@ def units_of(module: nn.Module, trained: Sequence[Trained], blocks: Sequence[nn.
     return [unit for unit in units if unit.parameters]
 
 
+def rows_read(unit: Unit, args: Any) -> Tensor | None:
+    """The rows that a plain nn.Embedding is about to read and nobody else can, where they are few; None: write all of the unit."""
+    module = unit.module
+    if type(module) is not nn.Embedding or module.max_norm is not None or len(unit.parameters) != 1:
+        return None
+    if len(module._forward_hooks) > 1 or len(module._forward_pre_hooks) > 1:  # one of each is ours
+        return None
+    if len(args) != 1 or not isinstance(args[0], Tensor) or 2 * args[0].numel() > module.num_embeddings:
+        return None
+    return args[0].long()
+
+
 def _unique(parameters: Any) -> list[Trained]:
     return list({id(p): p for p in parameters}.values())
 

@@ -1,0 +1,116 @@
+"""Which way of perturbing weights a model gets, what each needs, and what is said: auto, compiled models, adapters, 16 bits."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import peft
+import pytest
+import torch
+from engine_models import (
+    LanguageModel,
+    bits,
+    by_hand,
+    mean_square,
+    mlp,
+    next_token,
+    regression,
+    sequence_model,
+    snapshot,
+    train,
+)
+from reference.spsa import Settings
+from torch import nn
+
+from zo_lightning.engine import ZOOptimizer, ZOWarning
+from zo_lightning.engine.residency import Copy, Exact, InPlace
+
+CHOOSE = sys.modules["zo_lightning.engine.residency.choose"]
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The models of the tests count as large."""
+    monkeypatch.setattr(CHOOSE, "SMALL_BYTES", 0)
+
+
+def test_auto_copies_what_is_small_and_says_nothing() -> None:
+    assert isinstance(ZOOptimizer(mlp()).residency, Copy)
+    assert isinstance(ZOOptimizer(list(mlp().parameters())).residency, Copy)
+
+
+def test_auto_takes_blocks_where_it_finds_them_and_says_nothing(large: None) -> None:
+    assert isinstance(ZOOptimizer(LanguageModel()).residency, Exact)
+    assert isinstance(ZOOptimizer(LanguageModel().parameters(), module=LanguageModel()).residency, Exact)
+
+
+IN_PLACE: dict[str, Callable[[], ZOOptimizer]] = {
+    "the model is not known": lambda: ZOOptimizer(LanguageModel().parameters()),
+    "the model is compiled": lambda: ZOOptimizer(torch.compile(LanguageModel(), backend="eager")),
+    "the model has no repeated blocks": lambda: ZOOptimizer(mlp()),
+}
+
+
+@pytest.mark.parametrize("reason", IN_PLACE)
+def test_auto_is_in_place_otherwise_and_says_once_why(reason: str, large: None) -> None:
+    with pytest.warns(ZOWarning, match=f"in place, because {reason}"):
+        assert isinstance(IN_PLACE[reason]().residency, InPlace)
+    assert isinstance(IN_PLACE[reason]().residency, InPlace)  # warnings are errors: said once
+
+
+@pytest.mark.parametrize(
+    "compiled", [lambda m: torch.compile(m, backend="eager"), lambda m: m.compile(backend="eager") or m], ids=["", "()"]
+)
+def test_exact_refuses_a_model_that_runs_no_hooks(compiled: Callable[[nn.Module], nn.Module]) -> None:
+    model = LanguageModel()
+    model.blocks[1] = compiled(model.blocks[1])
+    with pytest.raises(ValueError, match=r'weights="exact" works through hooks, which a compiled module \(.blocks.1.\) never runs'):
+        ZOOptimizer(model, weights="exact").step(next_token(model))
+
+
+def test_exact_needs_the_model() -> None:
+    with pytest.raises(ValueError, match='weights="exact" needs the model'):
+        ZOOptimizer(mlp().parameters(), weights="exact").step(lambda: 0.0)
+
+
+@pytest.mark.filterwarnings("ignore:Using `torch.compile.module.` when there are global hooks:UserWarning")
+@pytest.mark.parametrize(
+    ("given", "weights"), [("compiled", "copy"), ("compiled", "inplace"), ("inner", "exact"), ("inner", "copy"), ("inner", "inplace")]
+)
+def test_a_model_that_was_compiled_and_called_before_trains_as_an_uncompiled_one(given: str, weights: str) -> None:
+    """Hooks that are added after its first call may never run: then both losses would be equal, and the gradient zero, silently."""
+    torch._dynamo.reset()
+    model, plain = sequence_model("tied head"), sequence_model("tied head")
+    compiled = torch.compile(model, backend="eager")
+    next_token(compiled)()
+    expected = train(ZOOptimizer(plain, lr=0.01, weights="copy"), next_token(plain))
+    got = train(ZOOptimizer(compiled if given == "compiled" else model, lr=0.01, weights=weights), next_token(compiled))
+    assert got == [pytest.approx(row, rel=1e-11) for row in expected]
+
+
+def test_adapters_alone_train_and_auto_copies_them(large: None) -> None:
+    """LoRA through peft: the base model, larger by far, stays as it is, and no block of it is copied."""
+    torch.manual_seed(0)
+    base = LanguageModel(width=64, head="tied").double()
+    model = peft.get_peft_model(base, peft.LoraConfig(r=1, target_modules=["up", "down"], lora_dropout=0.1))
+    before = snapshot(model)
+    expected, losses = by_hand(model, next_token, Settings(0.05), prefix="base_model.model.")
+    optimizer = ZOOptimizer(model, lr=0.05)
+    assert isinstance(optimizer.residency, Copy)
+    assert train(optimizer, next_token(model)) == [pytest.approx(row, rel=1e-9) for row in losses]
+    changed = {name for name, weight in snapshot(model).items() if not torch.equal(weight, before[name])}
+    assert changed == {name for name in before if "lora_" in name}
+    assert len(expected) == len(changed) == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_weights_round_to_nearest_and_say_so_once(dtype: torch.dtype) -> None:
+    model, data = mlp(dtype=dtype), regression(dtype)
+    expected, losses = by_hand(model, lambda twin: mean_square(twin, data), Settings(0.05, eps=0.05), 1)
+    with pytest.warns(ZOWarning, match="Some trained weights are 16-bit, and updates round to the nearest"):
+        got = train(ZOOptimizer(model, lr=0.05, eps=0.05, weights="copy"), mean_square(model, data), 1)
+    assert got == losses
+    for name, weight in model.named_parameters():
+        assert torch.equal(bits(weight), bits(expected[name]))
+    ZOOptimizer(mlp(dtype=dtype), weights="copy").step(mean_square(model, data))  # warnings are errors: said once
