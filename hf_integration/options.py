@@ -77,7 +77,7 @@ def engine_options(args: object, keywords: Mapping[str, Any] | None = None, fiel
     queries = given.pop("queries", 1)
     estimator = given.get("estimator") or "spsa"
     if isinstance(estimator, str):
-        kind: Any = choose("estimator", estimator, ESTIMATORS)
+        kind: Any = choose("estimator", estimator, ESTIMATORS, "an Estimator")
         given["estimator"] = kind(queries=queries)
     elif queries != 1:
         raise ValueError(f"zo_queries={queries} does nothing beside zo_estimator={estimator!r}: give it to the object.")

@@ -14,9 +14,7 @@ import torch
 from torch import nn
 
 ROOT = Path(__file__).parent.parent
-TINY = (
-    "num_hidden_layers=2 hidden_size=32 word_embed_proj_dim=32 ffn_dim=64 vocab_size=100 num_attention_heads=4"
-)
+TINY = "num_hidden_layers=2 hidden_size=32 word_embed_proj_dim=32 ffn_dim=64 vocab_size=100 num_attention_heads=4"
 
 
 def script(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

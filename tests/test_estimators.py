@@ -140,10 +140,10 @@ def gradients(model: nn.Module, data: tuple[Tensor, Tensor], steps: int) -> tupl
 def test_the_mean_of_20000_estimates_with_dropout_is_the_gradient(noise: str, queries: int) -> None:
     """cos(estimate, gradient) = (1 + (d - 1) r / N)^-1/2 for N queries and d weights, within 4 standard errors.
 
-    Every step has a dropout mask of its own, the same on both sides; G_t is the gradient under it. The error of the mean has d - 1 components
-    across the mean gradient G, each of variance mean |G_t|^2 / N: so r = mean |G_t|^2 / |G|^2, which is 1 without dropout. Its square is
-    chi-squared with d - 1 degrees of freedom, so 1 - cos has a relative standard error of sqrt(2 / (d - 1)). Were the masks of the two
-    sides different, the cosine would be near 0.
+    Every step has a dropout mask of its own, the same on both sides; G_t is the gradient under it. The error of the mean has d - 1
+    components across the mean gradient G, each of variance mean |G_t|^2 / N: so r = mean |G_t|^2 / |G|^2, which is 1 without dropout. Its
+    square is chi-squared with d - 1 degrees of freedom, so 1 - cos has a relative standard error of sqrt(2 / (d - 1)). Were the masks of
+    the two sides different, the cosine would be near 0.
     """
     total = 20_000
     steps, data, model = total // queries, regression(), mlp(dropout=0.1)

@@ -70,7 +70,7 @@ def test_mixed_precision_sees_both_sides_of_the_step(tmp_path: Path) -> None:
             optimizer, values = ZOOptimizer(model, lr=0.01), []
             for batch in loader():
                 with torch.autocast("cpu", torch.bfloat16):
-                    optimizer.estimate(lambda batch=batch: loss_of(model, batch))
+                    optimizer.estimate(lambda model=model, batch=batch: loss_of(model, batch))
                 optimizer.apply()
                 assert optimizer.report is not None
                 values.append(optimizer.report.values)

@@ -51,7 +51,8 @@ def triggers(safeguard: Safeguard, losses: Iterable[float]) -> bool:
     [
         ([1.0, 1.0], [1.2, 1.2], 0.2, False),
         ([1.0, 1.0], [1.21, 1.21], 0.2, True),
-        ([1.0, 1.0], [0.0, 2.42], 0.2, True),
+        ([1.0, 1.0], [1.0, 1.42], 0.2, False),  # s' = 0.29..., so the bound is 1 + 0.63
+        ([1.0, 1.0], [1.9, 2.0], 0.2, True),
         ([1.0, 1.0], [1.21, 1.21], 0.3, False),
         ([0.5, 1.5], [3.8, 3.8], 0.2, False),  # s = 0.7071..., so the bound is 1 + 2.83
         ([0.5, 1.5], [3.9, 3.9], 0.2, True),
@@ -148,6 +149,38 @@ def test_it_is_on_by_default_and_compares_windows_of_fifty_steps(dtype: torch.dt
     with pytest.raises(DivergenceError, match=r"last 50 steps is 1\.\d+, that of the first 50 0\.3"):
         train(optimizer, mean_square(model, regression(dtype)), 1000)
     assert optimizer.steps == 100
+
+
+@pytest.mark.filterwarnings("ignore:The objective had the same value")  # on the plateau all differences are 0
+@pytest.mark.parametrize("lr", [0.1, 1.0, 100.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_run_that_explodes_inside_its_first_window_is_stopped_at_its_end(lr: float, dtype: torch.dtype) -> None:
+    """The first loss is the only one that no update has touched."""
+    model = mlp(dtype=dtype)
+    optimizer = ZOOptimizer(model, lr=lr)
+    with pytest.raises(DivergenceError, match=r"last 50 steps is [\d.]+e\+\d+, the first one was 0\.6478"):
+        train(optimizer, mean_square(model, regression(dtype)), 1000)
+    assert optimizer.steps == 50
+
+
+@pytest.mark.parametrize("share", [0.02, 0.2])
+def test_rare_spikes_are_no_divergence(share: float) -> None:
+    """A first window without a spike has no deviation at all."""
+    for seed in range(60):
+        draw = random.Random(seed)
+        assert not triggers(Safeguard(), [0.1 + (draw.random() < share) for _ in range(5000)])
+
+
+def test_halve_waits_while_the_loss_falls_and_ends_after_ten_times() -> None:
+    safeguard = Safeguard(2, action="halve")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ZOWarning)
+        feed(safeguard, [1.0, 1.0, 9.0, 9.0, 8.0, 8.0, 7.0, 7.0, 6.0, 6.0])
+        assert safeguard.scale == 0.5
+        feed(safeguard, [6.0] * 18)
+        assert safeguard.scale == 2.0**-10
+        with pytest.raises(DivergenceError, match="halved 10 times"):
+            feed(safeguard, [6.0] * 2)
 
 
 def test_the_usual_range_is_that_of_what_is_trained() -> None:
@@ -269,7 +302,7 @@ def test_optimizers_do_not_share_the_history_of_one_safeguard() -> None:
     assert first.safeguard is not None
     assert (first.safeguard.window, first.safeguard.tolerance) == (2, 0.5)
     assert first.safeguard.state_dict()["start"] == [1.0, 0.0]
-    assert shared.state_dict() == {"scale": 1.0, "losses": [], "start": None}
+    assert shared.state_dict() == {"scale": 1.0, "losses": [], "start": None, "halved_at": None}
 
 
 @pytest.mark.parametrize(
@@ -277,8 +310,8 @@ def test_optimizers_do_not_share_the_history_of_one_safeguard() -> None:
     [
         ({"window": 1}, r"Invalid safeguard window: 1\. Must be an integer >= 2"),
         ({"window": 2.0}, r"Invalid safeguard window: 2\.0\. Must be an integer >= 2"),
-        ({"tolerance": 0.0}, r"Invalid safeguard tolerance: 0\.0\. Must be > 0"),
-        ({"tolerance": math.nan}, r"Invalid safeguard tolerance: nan\. Must be > 0"),
+        ({"tolerance": 0.0}, r"Invalid safeguard tolerance: 0\.0\. Must be a finite number > 0"),
+        ({"tolerance": math.nan}, r"Invalid safeguard tolerance: nan\. Must be a finite number > 0"),
         ({"action": "explode"}, r"safeguard='explode' is not known\. Use one of 'stop', 'halve', 'warn', None, or a Safeguard"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The learning rates that usually work, by what is trained; hosts and the safeguard quote the same ones."""
+"""What hosts and the engine tell a user: the learning rates that usually work, and what makes steps do nothing."""
 
 from __future__ import annotations
 
@@ -23,3 +23,18 @@ def usual_lr(trained: Sequence[Trained]) -> str:
         return "1e-3 to 1e-2 for prefix and prompt tuning"
     size = sum(parameter.tensor.numel() for parameter in trained)
     return next(text for least, text in _BY_SIZE if size >= least)
+
+
+ZERO_STEPS = 20
+"""After so many steps without any difference between the points, the user is told."""
+
+SIXTEEN_BIT = (
+    "Some trained weights are 16-bit, and updates round to the nearest representable value: steps smaller than half a unit in the last "
+    "place are lost (at lr 1e-7 most of them). Keep the trained weights in float32 (autocast or bf16-mixed is fine) for exact updates."
+)
+
+NO_DIFFERENCE = (
+    f"The objective had the same value at every point in {ZERO_STEPS} steps in a row, so nothing was learned in them. Either it changes in "
+    "steps (accuracy on a small batch: use a larger batch or eps), it is computed in too low a precision, or the perturbation does not "
+    "reach the model (a compiled, exported or cached copy of it is evaluated)."
+)

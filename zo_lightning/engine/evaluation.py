@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from numbers import Real
 from typing import Any
 
 import torch
@@ -140,12 +141,14 @@ _NOT_REACHED = (
 
 def as_scalar(loss: Any) -> Tensor:
     """`loss` as a detached float64 scalar tensor. TypeError or ValueError for what is not one real number."""
-    if isinstance(loss, (int, float)) and not isinstance(loss, bool):
+    if isinstance(loss, Real) and not isinstance(loss, bool):
         return torch.tensor(float(loss), dtype=torch.float64)
     if not isinstance(loss, Tensor):
         raise TypeError(f"The closure returned {type(loss).__name__}; it must return the loss, a scalar tensor or a float.")
     if loss.numel() != 1:
         raise ValueError(f"The closure returned a loss of shape {tuple(loss.shape)}; it must be a scalar. Reduce it, e.g. loss.mean().")
+    if loss.is_meta or loss.layout != torch.strided:
+        raise ValueError(f"The closure returned a loss with layout {loss.layout} on {loss.device}; it must be a dense tensor with a value.")
     if loss.is_complex():
         raise ValueError(f"The closure returned a loss of dtype {loss.dtype}; it must be real.")
     return loss.detach().reshape(()).to(torch.float64)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from typing import Any
 
 _said: set[str] = set()
 
@@ -23,9 +25,19 @@ def reset() -> None:
     _said.clear()
 
 
-def choose(option: str, value: object, allowed: dict[str, object]) -> object:
-    """The entry of `allowed` called `value`; ValueError that lists the names otherwise."""
+def choose(option: str, value: object, allowed: dict[str, object], objects: str = "") -> object:
+    """The entry of `allowed` called `value`; ValueError that lists the names, and says which `objects` would do, otherwise."""
     if isinstance(value, str) and value in allowed:
         return allowed[value]
     names = ", ".join(repr(name) for name in allowed)
-    raise ValueError(f"{option}={value!r} is not known. Use one of {names}, or an object of its class.")
+    raise ValueError(f"{option}={value!r} is not known. Use one of {names}{objects and f', or {objects}'}.")
+
+
+def check_number(name: str, value: Any, allowed: str, good: Any) -> None:
+    """Raise ValueError unless `value` is a finite number for which `good` holds."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if isinstance(value, (bool, str, bytes)) or not math.isfinite(number) or not good(number):
+        raise ValueError(f"Invalid {name}: {value!r}. Must be a finite number {allowed}.")

@@ -11,45 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zo_lightning.engine.advice import usual_lr
-from zo_lightning.engine.estimators import Displacement, Estimator, Term
-from zo_lightning.engine.evaluation import Closure, Evaluator, Muted
+from zo_lightning.engine.advice import NO_DIFFERENCE, SIXTEEN_BIT, ZERO_STEPS, usual_lr
+from zo_lightning.engine.estimators import Estimator, Term
+from zo_lightning.engine.evaluation import Closure, Evaluator, Muted, as_scalar
 from zo_lightning.engine.messages import say_once
 from zo_lightning.engine.noise import Noise
-from zo_lightning.engine.options import DEFAULT_LR, EngineOptions, as_estimator, as_noise, as_safeguard, check_number
+from zo_lightning.engine.options import DEFAULT_LR, EngineOptions, as_estimator, as_noise, as_safeguard, check_group
 from zo_lightning.engine.parallel import Exchange
-from zo_lightning.engine.parameters import collect, names_of, signature, split_input
+from zo_lightning.engine.parameters import Trained, collect, names_of, signature, split_input
 from zo_lightning.engine.report import Estimate, StepReport, float32_spacing
 from zo_lightning.engine.residency import InPlace, Residency, build_residency
 from zo_lightning.engine.safeguard import Safeguard
 from zo_lightning.engine.seeds import evaluation_seed, query_seed
 from zo_lightning.engine.updates import SGD, GroupSettings
+from zo_lightning.engine.window import Window
 
 STATE_VERSION = 1
-ZERO_STEPS = 20
-"""After so many steps without any difference between the points, the user is told."""
-
-
-class _Window:
-    """What was accumulated since the last update: the points, and one value each."""
-
-    def __init__(self, points: list[Displacement]) -> None:
-        self.points = points
-        self.totals: list[Tensor] | None = None
-        self.micro_batches = 0
-        self.seconds = 0.0
-
-    def add(self, losses: list[Tensor], weight: float) -> None:
-        scaled = [loss * weight for loss in losses]
-        self.totals = scaled if self.totals is None else [a.to(b.device) + b for a, b in zip(self.totals, scaled, strict=True)]
-
-    def state_dict(self) -> dict[str, Any]:
-        """A checkpoint in the middle of an accumulation keeps what was measured so far."""
-        return {"micro_batches": self.micro_batches, "totals": None if self.totals is None else torch.stack(self.totals).tolist()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.micro_batches = state["micro_batches"]
-        self.totals = None if state["totals"] is None else [torch.tensor(x, dtype=torch.float64) for x in state["totals"]]
 
 
 class ZOOptimizer(torch.optim.Optimizer):
@@ -95,6 +72,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         module: nn.Module | None = None,
     ) -> None:
         EngineOptions(lr, eps, seed, noise, estimator, weights, weight_decay, dropout, clip, safeguard, max_nonfinite).validate()
+        if module is not None and not isinstance(module, nn.Module):
+            raise TypeError(f"module={module!r} is not an nn.Module. Pass the module whose forward the closure evaluates.")
         found, groups, given = split_input(params)
         self.module = module if module is not None else found
         self._names = {**(names_of(self.module) if self.module is not None else {}), **given}
@@ -107,26 +86,28 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.steps = self.skipped_steps = self.zero_difference_steps = 0
         self._nonfinite_run = self._zero_run = 0
         self._evaluator = Evaluator(self.module, dropout)
-        self._window: _Window | None = None
+        self._window: Window | None = None
         self._residency: Residency | None = None
         self._signature: tuple[Any, ...] = ()
         self.report: StepReport | None = None
         super().__init__(groups, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
-        self._check_trainable()
+        self._trained()
 
-    def _check_trainable(self) -> None:
-        if not collect(self.param_groups, self._names):
+    def _trained(self) -> list[Trained]:
+        trained = collect(self.param_groups, self._names)
+        if not trained:
             raise ValueError(
                 "There is no trainable parameter: every tensor is frozen (requires_grad=False) or not floating point. Unfreeze what should "
                 "be trained, or add adapters."
             )
+        return trained
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group (torch.optim); its lr, eps and weight_decay are checked."""
-        for name, allowed, good in _GROUP_CHECKS:
-            if name in param_group and not isinstance(param_group[name], Tensor):
-                check_number(name, param_group[name], allowed, good)
-        super().add_param_group(param_group)
+        """Add a group (torch.optim) of tensors or (name, tensor) pairs; its lr, eps and weight_decay are checked."""
+        check_group({**self.defaults, **param_group})
+        _, (group,), names = split_input([param_group])
+        self._names.update(names)
+        super().add_param_group(group)
 
     @property
     def eps(self) -> float:
@@ -143,9 +124,9 @@ class ZOOptimizer(torch.optim.Optimizer):
         """How perturbed weights come to exist; decided at the first step, and again when tensors are added, frozen, moved or replaced."""
         now = signature(self.param_groups)
         if self._residency is None or now != self._signature:
-            trained = collect(self.param_groups, self._names)
+            trained = self._trained()
             if any(p.tensor.dtype in (torch.float16, torch.bfloat16) for p in trained):
-                say_once("16bit", _SIXTEEN_BIT)
+                say_once("16bit", SIXTEEN_BIT)
             if any(p.tensor._backward_hooks or p.tensor._post_accumulate_grad_hooks for p in trained):
                 say_once("grad_hooks", "Hooks on the gradients of parameters never run: forward-only training computes no gradient.")
             self._residency = build_residency(self.weights, self.module, trained, self.noise)
@@ -174,7 +155,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         if self._window is None:
             self._window = self._new_window()
         window = self._window
-        eps = [float(group["eps"]) for group in self.param_groups]
+        eps = self._eps_of(window)
         seed = evaluation_seed(self.seed, self.steps, window.micro_batches, self.exchange.rank)
         output, losses = self._evaluator.evaluate(closure, window.points, self.residency, eps, seed, muted, loss_of)
         window.micro_batches += 1
@@ -201,7 +182,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         terms = self.estimator.terms(window.points, values) if finite else []
         lr = self._lr(self.param_groups[0])
         if finite:
-            steps = [self.rule.step(terms, self._settings(group)) for group in self.param_groups]
+            eps = self._eps_of(window)
+            steps = [self.rule.step(terms, self._settings(group, e)) for group, e in zip(self.param_groups, eps, strict=True)]
             self.residency.update([term.seed for term in terms], steps)
         elif isinstance(self._residency, InPlace):
             self._residency.restore()
@@ -220,7 +202,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         if isinstance(residency, InPlace):
             residency.defer_restore = True
         try:
-            loss = self.estimate(closure).loss
+            loss = self.estimate(closure, loss_of=as_scalar).loss
             self.apply()
         finally:
             if isinstance(residency, InPlace):
@@ -228,14 +210,21 @@ class ZOOptimizer(torch.optim.Optimizer):
                 residency.restore()
         return loss
 
-    def _new_window(self) -> _Window:
-        return _Window(self.estimator.points(lambda query: query_seed(self.seed, self.steps, query)))
+    def _new_window(self) -> Window:
+        return Window(self.estimator.points(lambda query: query_seed(self.seed, self.steps, query)), [])
+
+    def _eps_of(self, window: Window) -> list[float]:
+        """One a group, from the beginning of the window on; groups that came later bring their own."""
+        for group in self.param_groups:
+            check_group(group)
+        window.eps.extend(float(group["eps"]) for group in self.param_groups[len(window.eps) :])
+        return window.eps
 
     def discard(self) -> None:
         """Drop what was accumulated since the last update."""
         self._window = None
 
-    def _values(self, window: _Window | None) -> list[float] | None:
+    def _values(self, window: Window | None) -> list[float] | None:
         """One value a point, the same on every rank."""
         totals = None if window is None else window.totals
         if self.exchange.world_size == 1:
@@ -256,10 +245,10 @@ class ZOOptimizer(torch.optim.Optimizer):
     def _lr(self, group: dict[str, Any]) -> float:
         return float(group["lr"]) * (self.safeguard.scale if self.safeguard else 1.0)
 
-    def _settings(self, group: dict[str, Any]) -> GroupSettings:
-        return GroupSettings(self._lr(group), float(group["eps"]), float(group["weight_decay"]))
+    def _settings(self, group: dict[str, Any], eps: float) -> GroupSettings:
+        return GroupSettings(self._lr(group), eps, float(group["weight_decay"]))
 
-    def _make_report(self, window: _Window, values: list[float], terms: list[Term], lr: float, seconds: float) -> StepReport:
+    def _make_report(self, window: Window, values: list[float], terms: list[Term], lr: float, seconds: float) -> StepReport:
         plus, minus = self.estimator.sides(values)
         difference = max((abs(term.slope) for term in terms), default=math.nan) * 2 * max(1, len(terms))
         return StepReport(
@@ -268,8 +257,8 @@ class ZOOptimizer(torch.optim.Optimizer):
             loss=math.fsum(values) / len(values) if terms else math.nan,
             loss_plus=plus,
             loss_minus=minus,
-            projected_grad=math.fsum(self.rule.projected(terms, self.eps)) if terms else math.nan,
-            eps=self.eps,
+            projected_grad=math.fsum(self.rule.projected(terms, window.eps[0])) if terms else math.nan,
+            eps=window.eps[0],
             lr=lr,
             forward_passes=self.forward_passes,
             skipped=not terms,
@@ -289,14 +278,16 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.zero_difference_steps += report.zero_difference
         self._zero_run = self._zero_run + 1 if report.zero_difference else 0
         if self._zero_run == ZERO_STEPS:
-            say_once("zero_difference", _NO_DIFFERENCE)
+            say_once("zero_difference", NO_DIFFERENCE)
         if self.safeguard is not None and not report.skipped:
             self.safeguard.watch(report.loss, float(self.param_groups[0]["lr"]), self.usual_lr())
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state, and under "zo" what a resumed run needs to continue bit for bit."""
-        state: dict[str, Any] = super().state_dict()
-        state["zo"] = {
+        return {**super().state_dict(), "zo": self._zo_state()}
+
+    def _zo_state(self) -> dict[str, Any]:
+        return {
             "version": STATE_VERSION,
             "seed": self.seed,
             "steps": self.steps,
@@ -309,17 +300,23 @@ class ZOOptimizer(torch.optim.Optimizer):
             "noise": self.noise.name,
             "window": None if self._window is None else self._window.state_dict(),
         }
-        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what `state_dict` returned. ValueError for the state of another optimizer or noise."""
         zo = state_dict.get("zo")
         if zo is None:
-            raise ValueError("The state is not that of a ZOOptimizer (it has no 'zo' entry): it was saved by another optimizer.")
-        if zo["version"] != STATE_VERSION:
-            raise ValueError(f"The state has version {zo['version']}; this release reads version {STATE_VERSION}.")
+            raise ValueError(
+                "The state is not that of a ZOOptimizer (it has no 'zo' entry): it was saved by another optimizer. Load the weights alone; "
+                "moments of a first-order optimizer have no use here."
+            )
+        if zo.get("version") != STATE_VERSION or zo.keys() != self._zo_state().keys():
+            raise ValueError(f"The state has version {zo.get('version')} or is incomplete; this release reads version {STATE_VERSION}.")
         if zo["noise"] != self.noise.name:
             raise ValueError(f"noise={self.noise.name!r}, but the state was saved with noise={zo['noise']!r}. Resume with the same noise.")
+        for group in state_dict["param_groups"]:
+            check_group(group)
+        if zo["window"] is not None:
+            self._new_window().load_state_dict(zo["window"])  # raises before anything is changed
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "zo"})
         self.seed, self.steps = zo["seed"], zo["steps"]
         self.skipped_steps, self.zero_difference_steps = zo["skipped_steps"], zo["zero_difference_steps"]
@@ -327,24 +324,28 @@ class ZOOptimizer(torch.optim.Optimizer):
         self._evaluator.count = zo["forward_passes"]
         if self.safeguard is not None and zo["safeguard"] is not None:
             self.safeguard.load_state_dict(zo["safeguard"])
-        self._window = self._new_window() if zo["window"] is not None else None
+        self._window = None if zo["window"] is None else self._new_window()
         if self._window is not None:
             self._window.load_state_dict(zo["window"])
 
+    def __getstate__(self) -> dict[str, Any]:
+        """torch's state drops what a subclass has; names are kept by tensor, for a copy has other ones."""
+        state: dict[str, Any] = super().__getstate__()
+        named = [(p, self._names[id(p)]) for group in self.param_groups for p in group["params"] if id(p) in self._names]
+        more = {"named": named, "dropout": self._evaluator.dropout, "count": self._evaluator.count}
+        return {**state, **{name: vars(self)[name] for name in _COPIED}, **more}
 
-_GROUP_CHECKS = (
-    ("lr", ">= 0", lambda x: x >= 0),
-    ("eps", "> 0", lambda x: x > 0),
-    ("weight_decay", ">= 0", lambda x: x >= 0),
-)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        named, dropout, count = (state.pop(name, None) for name in ("named", "dropout", "count"))
+        super().__setstate__(state)
+        if named is not None:  # None: torch's own load_state_dict
+            self._names = {id(parameter): name for parameter, name in named}
+            self._residency, self._signature = None, ()
+            self._evaluator = Evaluator(self.module, dropout)
+            self._evaluator.count = count
 
-_SIXTEEN_BIT = (
-    "Some trained weights are 16-bit, and updates round to the nearest representable value: steps smaller than half a unit in the last "
-    "place are lost (at lr 1e-7 most of them). Keep the trained weights in float32 (autocast or bf16-mixed is fine) for exact updates."
-)
 
-_NO_DIFFERENCE = (
-    f"The objective had the same value at every point in {ZERO_STEPS} steps in a row, so nothing was learned in them. Either it changes in "
-    "steps (accuracy on a small batch: use a larger batch or eps), it is computed in too low a precision, or the perturbation does not "
-    "reach the model (a compiled, exported or cached copy of it is evaluated)."
+_COPIED = (
+    *("module", "noise", "estimator", "weights", "seed", "rule", "safeguard", "max_nonfinite", "exchange", "report"),
+    *("steps", "skipped_steps", "zero_difference_steps", "_nonfinite_run", "_zero_run", "_window"),
 )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from zo_lightning.engine.estimators import ESTIMATORS, SPSA, Estimator
-from zo_lightning.engine.messages import choose
+from zo_lightning.engine.messages import check_number, choose
 from zo_lightning.engine.noise import NOISES, Noise
 from zo_lightning.engine.residency import WEIGHTS
 from zo_lightning.engine.safeguard import Safeguard
@@ -48,8 +48,8 @@ class EngineOptions:
             check_number("clip", self.clip, "> 0, or None", lambda x: x > 0)
         for name, least in (("seed", 0), ("max_nonfinite", 1)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"Invalid {name}: {value!r}. Must be an integer >= {least}.")
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 1 << 64:
+                raise ValueError(f"Invalid {name}: {value!r}. Must be an integer >= {least} and < 2**64.")
         if not isinstance(self.dropout, bool):
             raise ValueError(f"Invalid dropout: {self.dropout!r}. Must be True (as the model is set) or False (Dropout modules off).")
         choose("weights", self.weights, WEIGHTS)
@@ -78,26 +78,29 @@ class EngineOptions:
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("lr", "weight_decay")}
 
 
-def check_number(name: str, value: Any, allowed: str, good: Any) -> None:
-    """Raise ValueError unless `value` is a finite number for which `good` holds."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if isinstance(value, bool) or not math.isfinite(number) or not good(number):
-        raise ValueError(f"Invalid {name}: {value!r}. Must be a finite number {allowed}.")
+_GROUP_CHECKS = (
+    ("lr", ">= 0", lambda x: x >= 0),
+    ("eps", "> 0", lambda x: x > 0),
+    ("weight_decay", ">= 0", lambda x: x >= 0),
+)
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Raise ValueError for a learning rate, scale or weight decay of a parameter group that is out of range."""
+    for name, allowed, good in _GROUP_CHECKS:
+        check_number(name, group[name], allowed, good)
 
 
 def as_noise(noise: str | Noise) -> Noise:
     """The noise object for a name or an object."""
-    return noise if isinstance(noise, Noise) else choose("noise", noise, NOISES)()  # type: ignore[operator]
+    return noise if isinstance(noise, Noise) else choose("noise", noise, NOISES, "a Noise")()  # type: ignore[operator]
 
 
 def as_estimator(estimator: str | Estimator | None) -> Estimator:
     """The estimator for a name, an object, or None (SPSA with one query)."""
     if estimator is None:
         return SPSA()
-    return estimator if isinstance(estimator, Estimator) else choose("estimator", estimator, ESTIMATORS)()  # type: ignore[operator]
+    return estimator if isinstance(estimator, Estimator) else choose("estimator", estimator, ESTIMATORS, "an Estimator")()  # type: ignore[operator]
 
 
 def as_safeguard(safeguard: str | Safeguard | None) -> Safeguard | None:

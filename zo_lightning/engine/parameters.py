@@ -110,6 +110,8 @@ def _check(name: str, tensor: Tensor) -> None:
         problem = f"has the complex dtype {tensor.dtype}; train its real view (torch.view_as_real)"
     elif tensor.layout != torch.strided:
         problem = f"has layout {tensor.layout}; only dense tensors can be perturbed"
+    elif any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        problem = "is expanded, so several of its elements share memory; train a copy of it (.contiguous())"
     elif tensor.dtype.itemsize < 2:
         problem = f"has dtype {tensor.dtype}; float16, bfloat16, float32 and float64 weights can be trained"
     if problem:

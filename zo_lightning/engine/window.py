@@ -1,0 +1,42 @@
+"""What was measured since the last update: the points of the step, and one value each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zo_lightning.engine.estimators import Displacement
+
+
+class Window:
+    """One accumulation window: every micro-batch is evaluated at the same points, with the eps of its beginning."""
+
+    def __init__(self, points: list[Displacement], eps: list[float]) -> None:
+        self.points = points
+        self.eps = eps
+        """Of each parameter group."""
+        self.totals: list[Tensor] | None = None
+        self.micro_batches = 0
+        self.seconds = 0.0
+
+    def add(self, losses: list[Tensor], weight: float) -> None:
+        """Add weight * loss of every point."""
+        scaled = [loss * weight for loss in losses]
+        self.totals = scaled if self.totals is None else [a.to(b.device) + b for a, b in zip(self.totals, scaled, strict=True)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """A checkpoint in the middle of an accumulation keeps what was measured so far."""
+        totals = None if self.totals is None else torch.stack(self.totals).tolist()
+        return {"points": len(self.points), "eps": list(self.eps), "micro_batches": self.micro_batches, "totals": totals}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned. ValueError where another estimator measured it."""
+        if state["points"] != len(self.points):
+            raise ValueError(
+                f"The state was saved inside an accumulation window of {state['points']} evaluations, and this estimator makes "
+                f"{len(self.points)}. Resume with the same estimator (queries), or from a state saved between two steps."
+            )
+        self.eps, self.micro_batches = list(state["eps"]), state["micro_batches"]
+        self.totals = None if state["totals"] is None else [torch.tensor(x, dtype=torch.float64) for x in state["totals"]]
