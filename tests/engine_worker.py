@@ -30,6 +30,7 @@ class Case:
     micro_batches: int = 1
     spoil: Callable[[Tensor], object] | None = None
     at: tuple[int, int] = (2, 1)
+    absent: bool = False
     dropout: float = 0.0
 
 
@@ -43,6 +44,7 @@ CASES = {
     "infinite on one rank": Case(spoil=lambda loss: loss + math.inf),
     "skipped on one rank": Case(spoil=lambda loss: None),
     "skipped on both ranks": Case(spoil=lambda loss: None, at=(2, -1)),
+    "no batch on one rank": Case(absent=True),
     "dropout": Case(dropout=0.5),
 }
 
@@ -68,7 +70,10 @@ def run(case: Case, rank: int, world: int) -> dict[str, Any]:
     for step in range(STEPS):
         for micro_batch in range(case.micro_batches):
             loss = mean_square(model, rows_of(rank, world, micro_batch, case.micro_batches))
-            wrong = case.spoil is not None and step == case.at[0] and case.at[1] in (rank, -1)
+            chosen = step == case.at[0] and case.at[1] in (rank, -1)
+            if case.absent and chosen:
+                continue
+            wrong = case.spoil is not None and chosen
             optimizer.estimate(spoilt(loss, case.spoil) if wrong else loss, weight=1 / case.micro_batches)
         report = optimizer.apply()
         values.append(None if report is None else list(report.values))

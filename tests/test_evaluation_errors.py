@@ -41,16 +41,6 @@ def test_what_is_no_real_number_is_an_error_and_leaves_the_weights(kind: str, we
     assert distance(before, snapshot(model)) <= ROUNDING[weights]
 
 
-@pytest.mark.parametrize("weights", RESIDENCIES)
-def test_a_step_whose_closure_returns_nothing_is_no_step(weights: str) -> None:
-    model = mlp()
-    before = snapshot(model)
-    optimizer = ZOOptimizer(model, lr=0.1, weights=weights)
-    assert optimizer.step(lambda: None) is None  # type: ignore[arg-type,return-value]
-    assert optimizer.steps == 0
-    assert distance(before, snapshot(model)) <= ROUNDING[weights]
-
-
 NUMBERS: dict[str, Callable[[Tensor], object]] = {
     "a float": float,
     "one element": lambda loss: loss.reshape(1, 1),

@@ -282,7 +282,7 @@ def test_an_error_in_a_handler_arrives_after_the_weights_are_back(usr1: list[Han
     usr1.append(handler)
     faulty.action, faulty.at = lambda: press(signal.SIGUSR1), 1
     with pytest.raises(TimeoutError, match="preempted"):
-        ZOOptimizer(model, lr=0.1, weights="exact").step(next_token(model))
+        ZOOptimizer(model, lr=0.1, weights="exact").estimate(next_token(model))
     assert same(before, snapshot(model))
 
 

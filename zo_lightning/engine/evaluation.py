@@ -15,7 +15,7 @@ from zo_lightning.engine.estimators import Displacement
 from zo_lightning.engine.messages import say_once
 from zo_lightning.engine.randomness import HostState, host_state
 from zo_lightning.engine.residency import Residency
-from zo_lightning.engine.signals import held
+from zo_lightning.engine.signals import held, interruptible
 
 Closure = Callable[[], Any]
 Muted = Callable[[], AbstractContextManager[Any]]
@@ -44,10 +44,10 @@ class Evaluator:
 
         Every evaluation starts from generator states that `seed` determines and from the same buffers. Those at other points than the
         first run inside `muted()`. Weights, generators and training flags come back as they were; buffers as the first one left them. A
-        signal handler (which may save a checkpoint) runs after all that.
+        signal handler (which may save a checkpoint) runs after all that; Ctrl-C inside the closure raises KeyboardInterrupt there.
         """
         devices = {p.tensor.device for p in residency.trained}
-        with held(interrupt=False), torch.no_grad(), host_state(devices) as host, self._dropout():
+        with held(), torch.no_grad(), host_state(devices) as host, self._dropout():
             self.buffers.begin()
             try:
                 if residency.needs_probe():
@@ -93,16 +93,17 @@ class Evaluator:
     def _one(self, closure: Closure, host: HostState, seed: int, residency: Residency) -> Any:
         host.seed(seed)
         torch.clear_autocast_cache()  # autocast keeps cast weights; the second evaluation would see those of the first
-        before = [p.tensor.grad for p in residency.trained]
+        before = [_grad_of(p.tensor) for p in residency.trained]
         try:
-            output = closure()
+            with interruptible():
+                output = closure()
         except RuntimeError as error:
             if "does not require grad and does not have a grad_fn" in str(error):
                 raise RuntimeError(_BACKWARD) from error
             raise
         finally:
             torch.clear_autocast_cache()
-        if any(p.tensor.grad is not None and p.tensor.grad is not old for p, old in zip(residency.trained, before, strict=True)):
+        if any(_grad_of(p.tensor) not in ((0, 0), old) for p, old in zip(residency.trained, before, strict=True)):
             raise RuntimeError(_BACKWARD)
         return output
 
@@ -121,6 +122,11 @@ class Evaluator:
         finally:
             for module in off:
                 vars(module).pop("forward", None)
+
+
+def _grad_of(tensor: Tensor) -> tuple[int, int]:
+    """Changes when a gradient is made or added to; (0, 0) without one."""
+    return (0, 0) if tensor.grad is None else (id(tensor.grad), tensor.grad._version)
 
 
 def _identity(x: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from zo_lightning.engine.report import Estimate, StepReport, float32_spacing
 from zo_lightning.engine.residency import InPlace, Residency, build_residency
 from zo_lightning.engine.safeguard import Safeguard
 from zo_lightning.engine.seeds import evaluation_seed, query_seed
+from zo_lightning.engine.signals import held
 from zo_lightning.engine.updates import SGD, GroupSettings
 from zo_lightning.engine.window import Window
 
@@ -175,9 +176,10 @@ class ZOOptimizer(torch.optim.Optimizer):
         began = time.perf_counter()
         window, self._window = self._window, None
         values = self._values(window)
-        if window is None or values is None:
+        if values is None:
             self._check_no_gradients()
             return None
+        window = window or self._new_window()  # other ranks had data
         finite = all(math.isfinite(value) for value in values)
         terms = self.estimator.terms(window.points, values) if finite else []
         lr = self._lr(self.param_groups[0])
@@ -199,13 +201,16 @@ class ZOOptimizer(torch.optim.Optimizer):
             self.apply()
             return None
         residency = self.residency
-        if isinstance(residency, InPlace):
+        with held():  # a handler that saves a checkpoint finds the weights before the step or after it
+            if not isinstance(residency, InPlace):
+                loss = self.estimate(closure, loss_of=as_scalar).loss
+                self.apply()
+                return loss
             residency.defer_restore = True
-        try:
-            loss = self.estimate(closure, loss_of=as_scalar).loss
-            self.apply()
-        finally:
-            if isinstance(residency, InPlace):
+            try:
+                loss = self.estimate(closure, loss_of=as_scalar).loss
+                self.apply()
+            finally:
                 residency.defer_restore = False
                 residency.restore()
         return loss

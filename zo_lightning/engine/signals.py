@@ -1,4 +1,4 @@
-"""Signals held back while weights are being written, and delivered right after."""
+"""Signals held back while weights are not what they seem, and delivered right after."""
 
 from __future__ import annotations
 
@@ -9,30 +9,91 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGBREAK")
+_NAMES = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGBREAK", "SIGINT")
 _SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 
 
-@contextmanager
-def held(interrupt: bool = True) -> Iterator[None]:
-    """Python's handlers run after the block instead of inside it; elsewhere than on the main thread none would run inside anyway.
+class _Hold:
+    """What the main thread holds back: the program's handlers, the signals that came, and whether Ctrl-C goes through just now."""
 
-    With interrupt=False, Ctrl-C raises KeyboardInterrupt at once, as usual; only handlers of the program's own are held.
+    def __init__(self) -> None:
+        self.handlers: dict[int, Any] = {}
+        self.pending: list[tuple[int, FrameType | None]] = []
+        self.interrupted = False
+        self.interruptible = False
+
+    def arrive(self, number: int, frame: FrameType | None) -> None:
+        """Stands in for every handler."""
+        if self.handlers.get(number) is signal.default_int_handler:
+            self.interrupted = True
+            self.interrupt()
+        else:
+            self.pending.append((number, frame))
+
+    def interrupt(self) -> None:
+        """Raise the KeyboardInterrupt that came, where it can go through."""
+        if self.interrupted and self.interruptible:
+            self.interrupted = self.interruptible = False  # what cleans up after it is not interrupted again
+            raise KeyboardInterrupt
+
+    def install(self) -> None:
+        """Take the place of the program's handlers, that of Ctrl-C last."""
+        self.pending, self.interrupted = [], False
+        for number in _SIGNALS:
+            handler = signal.getsignal(number)
+            if callable(handler):
+                self.handlers[number] = handler
+                signal.signal(number, self.arrive)
+
+    def remove(self) -> None:
+        """Put the program's handlers back, that of Ctrl-C last, for it can raise from then on; call them for what came."""
+        handlers, pending = self.handlers, self.pending
+        for number, handler in handlers.items():
+            if number == signal.SIGINT:
+                self.handlers = {}
+            signal.signal(number, handler)
+        self.handlers = {}
+        for number, frame in pending:
+            handlers[number](number, frame)
+        if self.interrupted:
+            raise KeyboardInterrupt
+
+
+_hold = _Hold()
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Python's handlers run after the outermost of these blocks instead of inside it, except for Ctrl-C within `interruptible`.
+
+    On another thread than the main one no handler would run inside anyway.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
+    elif _hold.handlers:
+        before, _hold.interruptible = _hold.interruptible, False
+        try:
+            yield
+        finally:
+            _hold.interruptible = before
+            _hold.interrupt()
+    else:
+        try:
+            _hold.install()
+            yield
+        finally:
+            _hold.remove()
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Inside `held`: code of the program, in which Ctrl-C raises KeyboardInterrupt at once, as usual."""
+    if threading.current_thread() is not threading.main_thread() or not _hold.handlers:
+        yield
         return
-    pending: list[tuple[int, FrameType | None]] = []
-    handlers: dict[int, Any] = {}
-    for number in _SIGNALS:
-        handler = signal.getsignal(number)
-        if callable(handler) and (interrupt or handler is not signal.default_int_handler):
-            handlers[number] = handler
-            signal.signal(number, lambda n, frame: pending.append((n, frame)))
+    _hold.interruptible = True
     try:
+        _hold.interrupt()
         yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for number, frame in pending:
-            handlers[number](number, frame)
+        _hold.interruptible = False

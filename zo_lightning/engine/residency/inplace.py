@@ -29,11 +29,11 @@ class InPlace(Residency):
     def session(self) -> Iterator[None]:
         try:
             yield
+            if not self.defer_restore:
+                self.restore()
         except BaseException:
-            self._move({}, self._eps)
+            self.restore()
             raise
-        if not self.defer_restore:
-            self._move({}, self._eps)
 
     @contextmanager
     def at(self, point: Displacement, eps: Sequence[float]) -> Iterator[None]:
@@ -45,7 +45,7 @@ class InPlace(Residency):
         self._move({}, self._eps)
 
     def update(self, seeds: Sequence[int], steps: Sequence[tuple[float, tuple[float, ...]]]) -> None:
-        back, self._here = self._here, {}
+        back = self._here
         every = list(dict.fromkeys([*back, *seeds]))
         items = []
         for p in self.trained:
@@ -58,6 +58,7 @@ class InPlace(Residency):
             if decay != 1.0 or any(item.coefficients):
                 items.append(item)
         with held():
+            self._here = {}
             sweep(items, every, self.noise)
 
     def _move(self, target: dict[int, float], eps: Sequence[float]) -> None:

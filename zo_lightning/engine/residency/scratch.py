@@ -15,34 +15,33 @@ from zo_lightning.engine.noise import Noise, sweep
 from zo_lightning.engine.parameters import Trained
 from zo_lightning.engine.residency.base import Residency, displaced
 from zo_lightning.engine.residency.units import ReadWatch, Unit, cover, rows_read, units_of
+from zo_lightning.engine.signals import held
+
+Place = tuple[torch.device, torch.dtype]
 
 _ALIGN = 64
 """Bytes. Matrix kernels may round differently on unaligned memory; scratch is aligned as allocations are."""
 
 
 class Scratch:
-    """Buffers that are used again and again; concurrent users (nested units) get different ones."""
+    """Buffers that are used again and again. Units that run one after another share one as large as the largest; others have their own."""
 
-    def __init__(self) -> None:
-        self._free: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        self._largest: dict[tuple[torch.device, torch.dtype], int] = {}
-
-    def expect(self, parameters: Sequence[Trained]) -> None:
-        """Say beforehand what one unit will ask for, so that one buffer of the largest size serves all."""
-        for place, wanted in _sizes(parameters).items():
-            self._largest[place] = max(self._largest.get(place, 0), wanted)
+    def __init__(self, in_turn: Sequence[Sequence[Trained]] = ()) -> None:
+        self._free: dict[tuple[Place, int], list[Tensor]] = {}
+        self._largest: dict[Place, int] = {}
+        self._in_turn = {id(p) for parameters in in_turn for p in parameters}
+        for parameters in in_turn:
+            for place, wanted in _sizes(parameters).items():
+                self._largest[place] = max(self._largest.get(place, 0), wanted)
 
     def take(self, parameters: Sequence[Trained]) -> tuple[list[Tensor], Callable[[], None]]:
         """Uninitialised tensors like `parameters`, and what gives their memory back."""
-        buffers = {}
+        in_turn = all(id(p) in self._in_turn for p in parameters)
+        buffers: dict[Place, Tensor] = {}
         for place, wanted in _sizes(parameters).items():
-            free = self._free.setdefault(place, [])
-            fitting = [i for i, buffer in enumerate(free) if buffer.numel() >= wanted]
-            if fitting:
-                buffers[place] = free.pop(min(fitting, key=lambda i: free[i].numel()))
-            else:
-                largest = self._largest.get(place, 0)
-                buffers[place] = torch.empty(largest if wanted * 8 >= largest > wanted else wanted, device=place[0], dtype=place[1])
+            size = self._largest[place] if in_turn else wanted
+            free = self._free.setdefault((place, size), [])
+            buffers[place] = free.pop() if free else torch.empty(size, device=place[0], dtype=place[1])
         outs, used = [], dict.fromkeys(buffers, 0)
         for p in parameters:
             place = (p.tensor.device, p.tensor.dtype)
@@ -51,7 +50,7 @@ class Scratch:
 
         def give_back() -> None:
             for place, buffer in buffers.items():
-                self._free[place].append(buffer)
+                self._free[place, buffer.numel()].append(buffer)
 
         return outs, give_back
 
@@ -61,8 +60,8 @@ def _rounded(tensor: Tensor) -> int:
     return -(-tensor.numel() // per_line) * per_line
 
 
-def _sizes(parameters: Sequence[Trained]) -> dict[tuple[torch.device, torch.dtype], int]:
-    sizes: dict[tuple[torch.device, torch.dtype], int] = {}
+def _sizes(parameters: Sequence[Trained]) -> dict[Place, int]:
+    sizes: dict[Place, int] = {}
     for p in parameters:
         place = (p.tensor.device, p.tensor.dtype)
         sizes[place] = sizes.get(place, 0) + _rounded(p.tensor)
@@ -75,6 +74,12 @@ def _like(tensor: Tensor, buffer: Tensor, offset: int) -> Tensor:
     if not tensor.is_contiguous() and torch.empty_like(tensor, device="meta").stride() == tensor.stride():
         return flat.as_strided(tensor.shape, tensor.stride())
     return flat.view(tensor.shape)
+
+
+def _encloses(unit: Unit, units: Sequence[Unit]) -> bool:
+    """Whether other units run while this one does."""
+    inside = set(unit.module.modules()) if unit.module is not None else {other.module for other in units}
+    return any(other is not unit and other.module in inside for other in units)
 
 
 class _OnScratch(Residency):
@@ -143,9 +148,7 @@ class Exact(_OnScratch):
         self._probed = False
 
     def _expect(self) -> None:
-        self._scratch = Scratch()
-        for unit in self.units:
-            self._scratch.expect(unit.parameters)
+        self._scratch = Scratch([unit.parameters for unit in self.units if not _encloses(unit, self.units)])
 
     def needs_probe(self) -> bool:
         return not self._probed
@@ -194,16 +197,18 @@ class Exact(_OnScratch):
     def _enter(self, unit: Unit) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
             if self._point is not None:
-                stack = ExitStack()
-                stack.enter_context(self._materialized(unit.parameters, *self._point, rows_read(unit, args)))
-                self._open.setdefault(module, []).append(stack)
+                with held():
+                    stack = ExitStack()
+                    stack.enter_context(self._materialized(unit.parameters, *self._point, rows_read(unit, args)))
+                    self._open.setdefault(module, []).append(stack)
 
         return hook
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         stacks = self._open.get(module)
         if stacks:
-            stacks.pop().close()
+            with held():
+                stacks.pop().close()
 
     def _close_all(self) -> None:
         """After an exception inside a unit: what is still open, innermost first."""
