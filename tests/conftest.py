@@ -7,11 +7,13 @@ import os
 # Before torch and transformers are imported, and for the processes that tests start. Two threads whatever the machine:
 # sums over threads round differently with their number.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # several test processes share the cores
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -21,9 +23,12 @@ from zo_lightning.engine import messages
 
 
 @pytest.fixture(autouse=True)
-def same_start() -> None:
+def same_start() -> Iterator[None]:
     """Reset what one test could hand to the next."""
     messages.reset()
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+    yield
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # left by Lightning's seed_everything, read by its samplers
+        os.environ.pop(name, None)

@@ -84,7 +84,8 @@ def test_kernels_are_compiled_a_few_times_whatever_the_lengths_and_dtypes(counte
                 got = added(start, "gaussian", (0.5,), 1.0, in_place).double()
                 z = torch.from_numpy(reference.gaussian(9, 5, np.arange(length)))
                 assert bool(((got - 1 - 0.5 * z).abs() <= 2e-6 + got.abs() * torch.finfo(dtype).eps).all())
-    assert {name: counter.frame_count <= 4 for name, counter in counted.items()} == dict.fromkeys(counted, True)
+    counts = {name: counter.frame_count for name, counter in counted.items()}
+    assert max(counts.values()) <= 5, counts
 
 
 def test_one_kernel_serves_every_dtype_without_reaching_the_limit_of_graphs(counted: dict[str, CompileCounter]) -> None:

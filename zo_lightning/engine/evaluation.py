@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,18 @@ Closure = Callable[[], Any]
 Muted = Callable[[], AbstractContextManager[Any]]
 
 
+class Task(NamedTuple):
+    """What to evaluate: `loss_of` takes the loss from what the closure returned, every evaluation but the first is inside `muted()`."""
+
+    closure: Closure
+    points: Sequence[Displacement]
+    residency: Residency
+    eps: Sequence[float]
+    seed: int
+    muted: Muted
+    loss_of: Callable[[Any], Any]
+
+
 class Evaluator:
     """Evaluates a closure at displaced points of a module's weights."""
 
@@ -30,80 +42,61 @@ class Evaluator:
         self.buffers = Buffers(module)
         self.count = 0
 
-    def evaluate(
-        self,
-        closure: Closure,
-        points: Sequence[Displacement],
-        residency: Residency,
-        eps: Sequence[float],
-        seed: int,
-        muted: Muted,
-        loss_of: Callable[[Any], Any],
-    ) -> tuple[Any, list[Tensor]]:
+    def evaluate(self, task: Task) -> tuple[Any, list[Tensor]]:
         """(output of the closure at the first point, the loss at every point as float64 scalars); no losses where there is none.
 
-        Every evaluation starts from generator states that `seed` determines and from the same buffers. Those at other points than the
+        Every evaluation starts from generator states that the seed determines and from the same buffers. Those at other points than the
         first run inside `muted()`. Weights, generators and training flags come back as they were; buffers as the first one left them. A
         signal handler (which may save a checkpoint) runs after all that; Ctrl-C inside the closure raises KeyboardInterrupt there.
         """
-        devices = {p.tensor.device for p in residency.trained}
+        devices = {p.tensor.device for p in task.residency.trained}
         with held(), torch.no_grad(), host_state(devices) as host, self._dropout():
             self.buffers.begin()
             try:
-                if residency.needs_probe():
-                    with residency.probe(), muted():
-                        self._one(closure, host, seed, residency)
+                if task.residency.needs_probe():
+                    with task.residency.probe(), task.muted():
+                        self._one(task, host)
                     self.buffers.first_done()
                     self.buffers.rewind()
-                return self._points(closure, points, residency, eps, seed, muted, loss_of, host)
+                return self._points(task, host)
             finally:
                 self.buffers.finish()
 
-    def _points(
-        self,
-        closure: Closure,
-        points: Sequence[Displacement],
-        residency: Residency,
-        eps: Sequence[float],
-        seed: int,
-        muted: Muted,
-        loss_of: Callable[[Any], Any],
-        host: HostState,
-    ) -> tuple[Any, list[Tensor]]:
+    def _points(self, task: Task, host: HostState) -> tuple[Any, list[Tensor]]:
         first: Any = None
         losses: list[Tensor] = []
-        with residency.session():
-            for index, point in enumerate(points):
-                with residency.at(point, eps), muted() if index else nullcontext():
-                    output = self._one(closure, host, seed, residency)
+        with task.residency.session():
+            for index, point in enumerate(task.points):
+                with task.residency.at(point, task.eps), task.muted() if index else nullcontext():
+                    output = self._one(task, host)
                 self.count += 1
                 if index == 0:
                     self.buffers.first_done()
                     first = output
-                loss = loss_of(output)
+                loss = task.loss_of(output)
                 if loss is None:
                     return None, []
                 losses.append(as_scalar(loss))
-                if not residency.reached():
+                if not task.residency.reached():
                     raise RuntimeError(_NOT_REACHED)
-                if index + 1 < len(points):
+                if index + 1 < len(task.points):
                     self.buffers.rewind()
         return first, losses
 
-    def _one(self, closure: Closure, host: HostState, seed: int, residency: Residency) -> Any:
-        host.seed(seed)
+    def _one(self, task: Task, host: HostState) -> Any:
+        host.seed(task.seed)
         torch.clear_autocast_cache()  # autocast keeps cast weights; the second evaluation would see those of the first
-        before = [_grad_of(p.tensor) for p in residency.trained]
+        before = [_grad_of(p.tensor) for p in task.residency.trained]
         try:
             with interruptible():
-                output = closure()
+                output = task.closure()
         except RuntimeError as error:
             if "does not require grad and does not have a grad_fn" in str(error):
                 raise RuntimeError(_BACKWARD) from error
             raise
         finally:
             torch.clear_autocast_cache()
-        if any(_grad_of(p.tensor) not in ((0, 0), old) for p, old in zip(residency.trained, before, strict=True)):
+        if any(_grad_of(p.tensor) not in ((0, 0), old) for p, old in zip(task.residency.trained, before, strict=True)):
             raise RuntimeError(_BACKWARD)
         return output
 

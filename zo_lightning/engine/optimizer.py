@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from zo_lightning.engine.advice import NO_DIFFERENCE, SIXTEEN_BIT, ZERO_STEPS, usual_lr
 from zo_lightning.engine.estimators import Estimator, Term
-from zo_lightning.engine.evaluation import Closure, Evaluator, Muted, as_scalar
+from zo_lightning.engine.evaluation import Closure, Evaluator, Muted, Task, as_scalar
 from zo_lightning.engine.messages import say_once
 from zo_lightning.engine.noise import Noise
 from zo_lightning.engine.options import DEFAULT_LR, EngineOptions, as_estimator, as_noise, as_safeguard, check_group
@@ -158,7 +158,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         window = self._window
         eps = self._eps_of(window)
         seed = evaluation_seed(self.seed, self.steps, window.micro_batches, self.exchange.rank)
-        output, losses = self._evaluator.evaluate(closure, window.points, self.residency, eps, seed, muted, loss_of)
+        output, losses = self._evaluator.evaluate(Task(closure, window.points, self.residency, eps, seed, muted, loss_of))
         window.micro_batches += 1
         if losses:
             window.add(losses, weight)

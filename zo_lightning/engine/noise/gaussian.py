@@ -24,34 +24,39 @@ def _polar(c0: Tensor, c1: Tensor, k0: Tensor, k1: Tensor) -> tuple[Tensor, Tens
     return torch.sqrt(-2.0 * torch.log(u)), x1.float() * _QUARTERS
 
 
+def _pairs(count: int, first: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    c0 = torch.arange(count, dtype=torch.int32, device=key.device) + first
+    return _polar(c0, key[2], key[0], key[1])
+
+
+def _moved(base: Tensor, z: Tensor, scalars: Tensor) -> Tensor:
+    return base.to(scalars.dtype) * scalars[0] + scalars[1] * z.to(scalars.dtype)
+
+
 @kernel
 def _add_pair(a: Tensor, b: Tensor, base_a: Tensor, base_b: Tensor, first: Tensor, key: Tensor, scalars: Tensor) -> None:
-    c0 = torch.arange(a.shape[0], dtype=torch.int32, device=key.device) + first
-    radius, angle = _polar(c0, key[2], key[0], key[1])
-    a.copy_(base_a.to(scalars.dtype) * scalars[0] + scalars[1] * (radius * torch.cos(angle)).to(scalars.dtype))
-    b.copy_(base_b.to(scalars.dtype) * scalars[0] + scalars[1] * (radius * torch.sin(angle)).to(scalars.dtype))
+    radius, angle = _pairs(a.shape[0], first, key)
+    a.copy_(_moved(base_a, radius * torch.cos(angle), scalars))
+    b.copy_(_moved(base_b, radius * torch.sin(angle), scalars))
 
 
 @kernel
 def _add_pair_(a: Tensor, b: Tensor, first: Tensor, key: Tensor, scalars: Tensor) -> None:
-    c0 = torch.arange(a.shape[0], dtype=torch.int32, device=key.device) + first
-    radius, angle = _polar(c0, key[2], key[0], key[1])
-    a.copy_(a.to(scalars.dtype) * scalars[0] + scalars[1] * (radius * torch.cos(angle)).to(scalars.dtype))
-    b.copy_(b.to(scalars.dtype) * scalars[0] + scalars[1] * (radius * torch.sin(angle)).to(scalars.dtype))
+    radius, angle = _pairs(a.shape[0], first, key)
+    a.copy_(_moved(a, radius * torch.cos(angle), scalars))
+    b.copy_(_moved(b, radius * torch.sin(angle), scalars))
 
 
 @kernel
 def _add_first(a: Tensor, base: Tensor, first: Tensor, key: Tensor, scalars: Tensor) -> None:
-    c0 = torch.arange(a.shape[0], dtype=torch.int32, device=key.device) + first
-    radius, angle = _polar(c0, key[2], key[0], key[1])
-    a.copy_(base.to(scalars.dtype) * scalars[0] + scalars[1] * (radius * torch.cos(angle)).to(scalars.dtype))
+    radius, angle = _pairs(a.shape[0], first, key)
+    a.copy_(_moved(base, radius * torch.cos(angle), scalars))
 
 
 @kernel
 def _add_first_(a: Tensor, first: Tensor, key: Tensor, scalars: Tensor) -> None:
-    c0 = torch.arange(a.shape[0], dtype=torch.int32, device=key.device) + first
-    radius, angle = _polar(c0, key[2], key[0], key[1])
-    a.copy_(a.to(scalars.dtype) * scalars[0] + scalars[1] * (radius * torch.cos(angle)).to(scalars.dtype))
+    radius, angle = _pairs(a.shape[0], first, key)
+    a.copy_(_moved(a, radius * torch.cos(angle), scalars))
 
 
 @kernel
