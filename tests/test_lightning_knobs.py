@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import os
 import re
 import signal
@@ -16,6 +18,7 @@ from torch import nn
 
 from zo_lightning import ZODDPStrategy, ZOOptimizer, ZOStrategy
 from zo_lightning.engine import DivergenceError, Safeguard
+from zo_lightning.engine.options import EngineOptions
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in HOST_WARNINGS]
 
@@ -111,6 +114,15 @@ def test_device_of_the_trainer_reaches_a_strategy_made_by_name(tmp_path: Path) -
 def test_options_are_checked_when_they_are_given(cls: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         cls(**options)
+
+
+@pytest.mark.parametrize("cls", [ZOStrategy, ZODDPStrategy])
+def test_options_and_defaults_are_those_of_the_engine(cls: Any) -> None:
+    """Spelt out in both signatures, because command lines are made from them."""
+    taken = inspect.signature(cls).parameters.values()
+    options = {p.name: p.default for p in taken if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    assert options == {field.name: field.default for field in dataclasses.fields(EngineOptions)}
+    assert list(options) == [field.name for field in dataclasses.fields(EngineOptions)]
 
 
 def test_nothing_to_train(tmp_path: Path) -> None:

@@ -102,7 +102,8 @@ class Gaussian(Noise):
         return groups
 
     def at(self, index: Tensor, key: Tensor) -> Tensor:
-        return dispatch(_normal_at, index.device)(index, key)
+        z: Tensor = dispatch(_normal_at, index.device)(index, key)
+        return z
 
     def add(self, out: Tensor, base: Tensor, key: Tensor, start: int, scalars: Tensor) -> None:
         in_place = out is base

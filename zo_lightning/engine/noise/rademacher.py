@@ -80,7 +80,8 @@ class Rademacher(Noise):
         return torch.cat(pieces)
 
     def at(self, index: Tensor, key: Tensor) -> Tensor:
-        return dispatch(_sign_at, index.device)(index, key)
+        z: Tensor = dispatch(_sign_at, index.device)(index, key)
+        return z
 
     def add(self, out: Tensor, base: Tensor, key: Tensor, start: int, scalars: Tensor) -> None:
         whole = base.numel() // 64 * 64
