@@ -108,7 +108,8 @@ def _draw_accuracy(axes: Axes, curves: Sequence[Curve]) -> None:
             label = f"{method}, {run.steps} steps" if index == 0 else None
             seconds, values = [point[1] for point in run.accuracy], [100 * point[2] for point in run.accuracy]
             axes.plot(seconds, values, marker="o", markersize=5, color=COLOURS[method], label=label)
-            axes.annotate(f"{values[-1]:.0f} %", (seconds[-1], values[-1]), (4, 6), textcoords="offset points", color=COLOURS[method])
+        mean = 100 * statistics.mean(run.after for run in runs)
+        axes.annotate(f"{mean:.0f} %", (seconds[-1], mean), (8, -4), textcoords="offset points", color=COLOURS[method])
     axes.axhline(100 * curves[0].before, color="#8a8a8a", linestyle="--", linewidth=1, zorder=0)
     axes.annotate("before training", (0.99, 100 * curves[0].before), (0, -13), xycoords=axes.get_yaxis_transform(),
                   textcoords="offset points", ha="right", color="#6a6a6a", fontsize=10)  # fmt: skip

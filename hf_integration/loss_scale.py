@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from zo_lightning.hf_integration.quiet import unseen
+from zo_lightning.hf_integration.quiet import rerun, unseen
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -33,7 +33,7 @@ def ignores_items(trainer: Trainer, inputs: dict[str, Any], num_items: Any) -> b
     model: Any = trainer.model
     training = model.training
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    with torch.no_grad(), unseen(trainer), torch.random.fork_rng(list(devices)):
+    with torch.no_grad(), unseen(rerun(trainer), trainer), torch.random.fork_rng(list(devices)):
         model.eval()
         try:
             once, twice = (_loss(trainer, inputs, count) for count in (num_items, 2 * num_items))

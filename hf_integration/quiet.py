@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from zo_lightning.engine.undo import nothing, undoing
+from zo_lightning.engine.undo import Rerun, Undo, nothing, undoing
 
 _DATA = frozenset({"train_dataset", "eval_dataset"})
 
@@ -19,11 +19,19 @@ def no_backward(accelerator: object) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def unseen(trainer: Any) -> Iterator[None]:
-    """Put back what the host's training step counts (trl: ``num_tokens``, accuracies) and logs, metrics of the model included (`Undo`)."""
-    with undoing() as undo:
-        undo.metrics(trainer.model)
+def rerun(trainer: Any) -> Rerun:
+    """What a trainer counts (trl: ``num_tokens``, accuracies), attributes of the modules of its model, and their metrics."""
+
+    def remember(undo: Undo) -> None:
+        undo.modules(trainer.model)
         undo.attributes(trainer, skip=_DATA)
+
+    return Rerun(remember)
+
+
+@contextmanager
+def unseen(state: Rerun, trainer: Any) -> Iterator[None]:
+    """Around an evaluation that nobody should notice; ``log`` is silent, too."""
+    with state.hidden() as undo:
         undo.bind(trainer, log=nothing)
         yield

@@ -23,7 +23,7 @@ from zo_lightning.hf_integration.checkpoints import newest_complete
 from zo_lightning.hf_integration.config import ZOArguments
 from zo_lightning.hf_integration.loss_scale import ignores_items, may_ignore_items
 from zo_lightning.hf_integration.options import engine_options, read_fields, take_options
-from zo_lightning.hf_integration.quiet import no_backward, unseen
+from zo_lightning.hf_integration.quiet import no_backward, rerun, unseen
 
 if TYPE_CHECKING:
     _Host = transformers.Trainer
@@ -189,9 +189,9 @@ class ZOTrainerMixin(_Host):
             num_items_in_batch = None
         step = super().training_step
         with no_backward(self.accelerator):
-            loss = self.zo_optimizer.estimate(
-                lambda: step(model, copy.copy(inputs), num_items_in_batch), muted=functools.partial(unseen, self)
-            ).loss
+            state = rerun(self)
+            closure = state.closure(lambda: step(model, copy.copy(inputs), num_items_in_batch))
+            loss = self.zo_optimizer.estimate(closure, muted=functools.partial(unseen, state, self)).loss
         return torch.as_tensor(loss, dtype=torch.float32).to(self.args.device)
 
     def _zo_loss_ignores_items(self, inputs: Any, num_items: Any) -> bool:

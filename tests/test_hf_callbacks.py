@@ -187,3 +187,25 @@ def test_the_monitor_reaches_tensorboard(tmp_path: Path) -> None:
     logged = events.Scalars("train/zo/forward_passes")
     assert [point.step for point in logged] == [2, 4]
     assert logged[-1].value == host.zo_optimizer.forward_passes
+
+
+class Counting(ZOTrainer):
+    """A loss of counters of the trainer and of its model, and of no weight."""
+
+    calls = 0
+
+    def compute_loss(self, model: Any, inputs: Any, **options: Any) -> Any:
+        self.calls += 1
+        model.calls = getattr(model, "calls", 0) + 1
+        return super().compute_loss(model, inputs, **options) * 0 + self.calls + model.calls
+
+
+@pytest.mark.parametrize("weights", ["exact", "copy"])
+def test_counters_in_a_loss_are_the_same_in_all_its_evaluations(weights: str, tmp_path: Path) -> None:
+    seen: list[tuple[float, ...]] = []
+    callback = Recorder()
+    callback.on_zo_step = lambda run, report: seen.append(report.values)  # type: ignore[method-assign]
+    host = trainer(tmp_path, bert(dropout=0.0), Counting, callbacks=[callback], zo_weights=weights)
+    host.train()
+    assert seen == [(2.0 * step, 2.0 * step) for step in range(1, 5)]
+    assert (host.calls, host.model.calls) == (4, 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import os
 import re
 import signal
@@ -178,6 +179,11 @@ class Checkpointed(nn.Sequential):
 
 IDLE = {
     "clip": (lit(), {"gradient_clip_val": 0.5}, [r"gradient_clip_val=0.5\) does nothing.*ZOStrategy\(clip"]),
+    "clip by value": (
+        lit(),
+        {"gradient_clip_val": 0.5, "gradient_clip_algorithm": "value"},
+        [r"gradient_clip_val=0.5\) does nothing.*ZOStrategy\(clip"],
+    ),
     "anomaly": (lit(), {"detect_anomaly": True}, [r"detect_anomaly=True\) does nothing"]),
     "hooks": (
         Reading,
@@ -230,11 +236,10 @@ class Interrupted(lit()):  # type: ignore[misc]
         self.snapshots: list[dict[str, torch.Tensor]] = []
         counter = self.net[2].register_forward_pre_hook(self.before)
         assert counter is not None
-        object.__setattr__(self, "passes", [0])
+        self.passes = itertools.count(1)  # which is not put back between the evaluations, as a number would be
 
     def before(self, module: nn.Module, args: Any) -> None:
-        self.passes[0] += 1
-        if self.passes[0] == self.at:
+        if next(self.passes) == self.at:
             self.act(self)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

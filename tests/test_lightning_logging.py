@@ -177,3 +177,31 @@ def test_a_callback_configures_the_engine(tmp_path: Path) -> None:
     wide = Wide()
     trainer(tmp_path, max_steps=1, callbacks=[wide]).fit(lit()(), loader())
     assert wide.reports[0].eps == 0.25
+
+
+class Counting(lit()):  # type: ignore[misc]
+    """A loss of counters and collections, on the module and below it, and of no weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.bank, self.beta = 0, [0.0], torch.zeros(())
+        self.net.calls = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.calls += 1
+        self.net.calls += 1
+        self.beta += 1
+        self.bank.append(1.0)
+        self.bank = self.bank[-5:]
+        return loss_of(self.net, batch) * 0 + self.calls + self.net.calls + self.beta + sum(self.bank)
+
+
+@pytest.mark.parametrize("weights", ["exact", "copy", "inplace"])
+def test_counters_in_a_step_are_the_same_in_all_its_evaluations(weights: str, tmp_path: Path) -> None:
+    """An annealed weight or a memory bank that advanced between them would be divided by 2 eps."""
+    module, recorder = Counting(), Recorder()
+    strategy = ZOStrategy(weights=weights, estimator=SPSA(2))
+    trainer(tmp_path, strategy=strategy, max_steps=6, callbacks=[recorder]).fit(module, loader())
+    assert [values[0] for values in recorder.values] == [4.0, 8.0, 12.0, 16.0, 20.0, 23.0]
+    assert all(len(set(values)) == 1 for values in recorder.values)
+    assert (module.calls, module.net.calls, float(module.beta), module.bank) == (6, 6, 6.0, [1.0] * 5)

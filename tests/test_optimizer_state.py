@@ -129,3 +129,51 @@ def test_a_group_of_names_and_tensors_can_be_added() -> None:
 def test_expanded_tensors_share_memory_and_are_refused() -> None:
     with pytest.raises(ValueError, match=r"is expanded.*\.contiguous"):
         ZOOptimizer([torch.zeros(1).expand(4).requires_grad_()])
+
+
+@pytest.mark.parametrize("weights", RESIDENCIES)
+def test_steps_inside_inference_mode_are_ordinary_steps(weights: str) -> None:
+    model, alike = mlp(), mlp()
+    optimizer, other = (ZOOptimizer(each, lr=0.1, weights=weights) for each in (model, alike))
+    for _ in range(3):
+        with torch.inference_mode():
+            optimizer.step(mean_square(model, regression()))
+        other.step(mean_square(alike, regression()))
+    assert same(snapshot(model), snapshot(alike))
+
+
+def test_weights_made_in_inference_mode_are_refused() -> None:
+    with torch.inference_mode():
+        model = mlp()
+    with pytest.raises(ValueError, match=r"was made under torch\.inference_mode"):
+        ZOOptimizer(model)
+
+
+def test_a_weight_decay_that_would_turn_the_weights_round_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Invalid weight_decay: 4\.0 with lr=0\.5"):
+        ZOOptimizer(mlp(), lr=0.5, weight_decay=4.0)
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize("weights", ["exact", "inplace"])
+def test_a_penalty_that_reads_every_weight_sees_the_perturbed_ones(weights: str, blocks: bool) -> None:
+    """Everything moves to the whole evaluation in exact mode; the units of before are then empty."""
+    data, values = regression(), []
+    for kind in (weights, "copy"):
+        model = nn.Sequential(
+            mlp(), nn.Sequential(*[nn.Sequential(nn.Linear(1, 1), nn.Tanh()) for _ in range(3)]).double() if blocks else nn.Tanh()
+        )
+        torch.manual_seed(3)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.3)
+
+        def loss(model: nn.Module = model) -> torch.Tensor:
+            return mean_square(model, data)() + 0.1 * sum(p.square().sum() for p in model.parameters())
+
+        optimizer = ZOOptimizer(model, lr=0.01, weights=kind)
+        for _ in range(3):
+            optimizer.step(loss)
+        assert optimizer.report is not None
+        values.append(optimizer.report.values)
+    assert values[0] == pytest.approx(values[1], rel=1e-12)
+    assert values[0][0] != values[0][1]

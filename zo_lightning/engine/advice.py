@@ -38,3 +38,18 @@ NO_DIFFERENCE = (
     "steps (accuracy on a small batch: use a larger batch or eps), it is computed in too low a precision, or the perturbation does not "
     "reach the model (a compiled, exported or cached copy of it is evaluated)."
 )
+
+NOTHING_TO_TRAIN = (
+    "There is no trainable parameter: every tensor is frozen (requires_grad=False) or not floating point. Unfreeze what should be trained, "
+    "or add adapters."
+)
+
+NO_LOSS = (
+    'step() found gradients and no loss: this loop calls backward(). Use strategy="zo" in Lightning, ZOTrainer in place of Trainer, or '
+    "optimizer.step(closure) with a closure that returns the loss."
+)
+
+NOT_SAVED_HERE = (
+    "The state is not that of a ZOOptimizer (it has no 'zo' entry): it was saved by another optimizer. Load the weights alone; moments of "
+    "a first-order optimizer have no use here."
+)

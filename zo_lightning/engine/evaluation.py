@@ -50,7 +50,7 @@ class Evaluator:
         signal handler (which may save a checkpoint) runs after all that; Ctrl-C inside the closure raises KeyboardInterrupt there.
         """
         devices = {p.tensor.device for p in task.residency.trained}
-        with held(), torch.no_grad(), host_state(devices) as host, self._dropout():
+        with held(), torch.inference_mode(False), torch.no_grad(), host_state(devices) as host, self._dropout():
             self.buffers.begin()
             try:
                 if task.residency.needs_probe():

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zo_lightning.engine.advice import NO_DIFFERENCE, SIXTEEN_BIT, ZERO_STEPS, usual_lr
+from zo_lightning.engine.advice import NO_DIFFERENCE, NO_LOSS, NOT_SAVED_HERE, NOTHING_TO_TRAIN, SIXTEEN_BIT, ZERO_STEPS, usual_lr
 from zo_lightning.engine.estimators import Estimator, Term
 from zo_lightning.engine.evaluation import Closure, Evaluator, Muted, Task, as_scalar
 from zo_lightning.engine.messages import say_once
@@ -35,6 +35,7 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     `step(closure)` evaluates the closure at every point of the estimator and updates; `estimate(closure)` (once a micro-batch) and
     `apply()` are its halves. The closure returns the loss: a scalar tensor or a float. It runs under no_grad and must not call backward.
+    It must be a function of weights and data: what it counts or collects in Python objects of its own advances at every evaluation.
 
     Args:
         params: a module, tensors, (name, tensor) pairs, or parameter groups with their own lr, eps and weight_decay. Frozen tensors are
@@ -97,10 +98,7 @@ class ZOOptimizer(torch.optim.Optimizer):
     def _trained(self) -> list[Trained]:
         trained = collect(self.param_groups, self._names)
         if not trained:
-            raise ValueError(
-                "There is no trainable parameter: every tensor is frozen (requires_grad=False) or not floating point. Unfreeze what should "
-                "be trained, or add adapters."
-            )
+            raise ValueError(NOTHING_TO_TRAIN)
         return trained
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -167,6 +165,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             return Estimate(None, None)
         return Estimate(output, torch.stack(losses).mean() * weight)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def apply(self) -> StepReport | None:
         """Turn the window's values into terms, once, and make the update; None where nothing was accumulated on any rank.
@@ -242,10 +241,7 @@ class ZOOptimizer(torch.optim.Optimizer):
     def _check_no_gradients(self) -> None:
         """A loop made for backpropagation, which would go on without ever changing a weight."""
         if any(p.grad is not None for group in self.param_groups for p in group["params"]):
-            raise RuntimeError(
-                'step() found gradients and no loss: this loop calls backward(). Use strategy="zo" in Lightning, ZOTrainer in place '
-                "of Trainer, or optimizer.step(closure) with a closure that returns the loss."
-            )
+            raise RuntimeError(NO_LOSS)
 
     def _lr(self, group: dict[str, Any]) -> float:
         return float(group["lr"]) * (self.safeguard.scale if self.safeguard else 1.0)
@@ -310,10 +306,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         """Take over what `state_dict` returned. ValueError for the state of another optimizer or noise."""
         zo = state_dict.get("zo")
         if zo is None:
-            raise ValueError(
-                "The state is not that of a ZOOptimizer (it has no 'zo' entry): it was saved by another optimizer. Load the weights alone; "
-                "moments of a first-order optimizer have no use here."
-            )
+            raise ValueError(NOT_SAVED_HERE)
         if zo.get("version") != STATE_VERSION or zo.keys() != self._zo_state().keys():
             raise ValueError(f"The state has version {zo.get('version')} or is incomplete; this release reads version {STATE_VERSION}.")
         if zo["noise"] != self.noise.name:

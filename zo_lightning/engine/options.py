@@ -89,6 +89,9 @@ def check_group(group: Mapping[str, Any]) -> None:
     """Raise ValueError for a learning rate, scale or weight decay of a parameter group that is out of range."""
     for name, allowed, good in _GROUP_CHECKS:
         check_number(name, group[name], allowed, good)
+    lr, decay = float(group["lr"]), float(group["weight_decay"])
+    if lr * decay > 1:
+        raise ValueError(f"Invalid weight_decay: {decay!r} with lr={lr!r}. Weights shrink by lr * weight_decay, which must be <= 1.")
 
 
 def as_noise(noise: str | Noise) -> Noise:

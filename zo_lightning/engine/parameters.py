@@ -106,6 +106,8 @@ def _check(name: str, tensor: Tensor) -> None:
         problem = "is on the meta device, so it has no values (offloaded by accelerate, or never loaded); load the weights first"
     elif is_traceable_wrapper_subclass(tensor):
         problem = f"is a {type(tensor).__name__}, which can't be perturbed as it is; freeze it, or train adapters on top of it"
+    elif tensor.is_inference():
+        problem = "was made under torch.inference_mode(), where torch allows no change of it; make or load the model outside, or clone it"
     elif tensor.is_complex():
         problem = f"has the complex dtype {tensor.dtype}; train its real view (torch.view_as_real)"
     elif tensor.layout != torch.strided:

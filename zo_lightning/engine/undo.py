@@ -26,12 +26,13 @@ def nothing(*args: object, **kwargs: object) -> None:
 class Undo:
     """Remembers state and puts it back, last remembered first.
 
-    Attributes are bound again to what they were bound to; lists lose what was appended; dicts, sets, deques and small tensors get their
-    contents back, nested ones too. torchmetrics work on copies of their tensors (and on shallow copies of their lists) that are dropped in
-    the end. Objects of other classes are not followed.
+    Attributes are bound again to what they were bound to; lists, dicts, sets, deques and small tensors get their contents back, nested ones
+    too; long lists lose what was appended. torchmetrics work on copies of their tensors (and on shallow copies of their lists) that are
+    dropped in the end, or are left out. Objects of other classes are not followed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, metrics: bool = True) -> None:
+        self._with_metrics = metrics
         self._actions: list[Callable[[], Any]] = []
         self._seen: set[int] = set()
         library = sys.modules.get("torchmetrics")  # who has metrics has imported it
@@ -47,9 +48,19 @@ class Undo:
             if name not in skip and name not in _TORCH:
                 self._contents(value)
 
+    def modules(self, root: nn.Module, skip: frozenset[str] = frozenset()) -> None:
+        """Remember the attributes of every module under `root` but metrics, and let metrics go on with copies."""
+        inside: set[nn.Module] = set()
+        for module in root.modules():
+            if isinstance(module, self._kinds):
+                inside.update(module.modules())
+            elif module not in inside:
+                self.attributes(module, skip)
+        self.metrics(root)
+
     def metrics(self, root: nn.Module) -> None:
         """Let the torchmetrics among the modules of `root` go on with copies of their states."""
-        for metric in root.modules() if self._kinds else ():
+        for metric in root.modules() if self._kinds and self._with_metrics else ():
             if isinstance(metric, self._kinds) and id(metric) not in self._seen:
                 self._seen.add(id(metric))
                 states = metric._defaults if isinstance(metric, self._metric) else {}
@@ -75,6 +86,11 @@ class Undo:
         """Do this as well."""
         self._actions.append(action)
 
+    def again(self) -> None:
+        """Put everything back, and keep it remembered."""
+        for action in reversed(self._actions):
+            action()
+
     def undo(self) -> None:
         """Put everything back."""
         while self._actions:
@@ -95,7 +111,8 @@ class Undo:
         elif isinstance(value, (list, tuple)):
             length = len(value)
             if isinstance(value, list):
-                self.also(lambda: value.__delitem__(slice(length, None)))
+                items = list(value) if length <= _BOUND else None
+                self.also(lambda: value.__delitem__(slice(length, None)) if items is None else _relist(value, items))
             for entry in value if length <= _NESTED else ():
                 self._contents(entry)
         elif isinstance(value, (set, deque)) and len(value) <= _BOUND:
@@ -108,6 +125,42 @@ class Undo:
         if not (isinstance(value, nn.Parameter) or value.is_meta or value.is_inference() or value.numel() > _BOUND):
             copy, version = value.detach().clone(), value._version
             self.also(lambda: value.detach().copy_(copy) if value._version != version else None)
+
+
+class Rerun:
+    """Lets every evaluation of a micro-batch begin with the Python state that the first one began with, and end with what that one left.
+
+    Otherwise a counter in a training step would make two evaluations differ by more than their weights. `remember` tells an `Undo` what
+    the state is.
+    """
+
+    def __init__(self, remember: Callable[[Undo], None]) -> None:
+        self._remember = remember
+        self._start = Undo(metrics=False)
+        self._hidden = False
+
+    def closure(self, evaluate: Callable[[], Any]) -> Callable[[], Any]:
+        """`evaluate`, which notes the state that it begins with unless it is inside `hidden`."""
+
+        def run() -> Any:
+            if not self._hidden:
+                self._start = Undo(metrics=False)
+                self._remember(self._start)
+            return evaluate()
+
+        return run
+
+    @contextmanager
+    def hidden(self) -> Iterator[Undo]:
+        """Around an evaluation that nobody should notice."""
+        with undoing() as undo:
+            self._remember(undo)
+            self._start.again()
+            self._hidden = True
+            try:
+                yield undo
+            finally:
+                self._hidden = False
 
 
 @contextmanager
@@ -126,6 +179,11 @@ def _refill(table: dict[Any, Any], entries: dict[Any, Any]) -> None:
     for name, value in entries.items():
         if name not in table or table[name] is not value:
             table[name] = value
+
+
+def _relist(value: list[Any], items: list[Any]) -> None:
+    if len(value) != len(items) or any(now is not then for now, then in zip(value, items, strict=True)):
+        value[:] = items
 
 
 def _put_back(container: Any, kept: list[Any]) -> None:

@@ -14,12 +14,13 @@ from zo_lightning.engine.messages import say_once
 from zo_lightning.engine.optimizer import ZOOptimizer
 from zo_lightning.engine.options import EngineOptions
 from zo_lightning.engine.parallel import Exchange
+from zo_lightning.engine.undo import nothing, undoing
 from zo_lightning.strategy.data_order import DataOrder
 from zo_lightning.strategy.events import Events
 from zo_lightning.strategy.host_optimizer import HostOptimizer
 from zo_lightning.strategy.knobs import check_run, disable_checkpointing, say_idle
 from zo_lightning.strategy.namespace import Bindable
-from zo_lightning.strategy.quiet import quiet
+from zo_lightning.strategy.quiet import quiet, rerun
 
 STATE = "zo_lightning"
 """Our key in a Lightning checkpoint."""
@@ -115,14 +116,14 @@ class ForwardOnly(Bindable):
             with torch.no_grad():
                 return evaluate(*args, **kwargs)
         module, trainer, ns = self.lightning_module, self._zo_trainer, self.namespace
-        silent_logger = ns.get("loggers.logger", "DummyLogger")
+        silent_logger, state = ns.get("loggers.logger", "DummyLogger"), rerun(module)
 
         def muted() -> AbstractContextManager[None]:
-            return quiet(module, trainer, silent_logger)
+            return quiet(state, module, trainer, silent_logger)
 
-        estimate = self._zo_host.engine.estimate(
-            lambda: evaluate(*args, **kwargs), weight=1.0 / trainer.accumulate_grad_batches, muted=muted, loss_of=ns.loss_of
-        )
+        closure = state.closure(lambda: evaluate(*args, **kwargs))
+        weight = 1.0 / trainer.accumulate_grad_batches
+        estimate = self._zo_host.engine.estimate(closure, weight=weight, muted=muted, loss_of=ns.loss_of)
         return estimate.output
 
     def backward(self, closure_loss: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -134,7 +135,9 @@ class ForwardOnly(Bindable):
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """The last micro-batch of the window, the hooks before a step, the update."""
         result = closure()
-        self.precision_plugin._after_closure(model or self.lightning_module, optimizer)
+        with undoing() as undo:  # clipping gradients by value fails where there are none
+            undo.bind(self.precision_plugin, clip_gradients=nothing)
+            self.precision_plugin._after_closure(model or self.lightning_module, optimizer)
         if self._zo_host is not None:
             report = self._zo_host.step(**kwargs)
             if report is not None and self._zo_events is not None:

@@ -8,23 +8,22 @@ from typing import Any
 
 from torch import nn
 
-from zo_lightning.engine.undo import nothing, undoing
+from zo_lightning.engine.undo import Rerun, nothing
 
 _HOST = frozenset({"_trainer", "_fabric", "_compiler_ctx"})
 
 
-@contextmanager
-def quiet(module: nn.Module, trainer: Any, silent_logger: Callable[[], Any]) -> Iterator[None]:
-    """Around an evaluation that nobody should notice.
+def rerun(module: nn.Module) -> Rerun:
+    """Attributes of the LightningModule and of its submodules, and their metrics."""
+    return Rerun(lambda undo: undo.modules(module, skip=_HOST))
 
-    `self.log`, `self.log_dict`, `self.print` and the loggers are silent; attributes of the LightningModule and metrics among its submodules
-    come back as they were (`Undo`).
-    """
+
+@contextmanager
+def quiet(state: Rerun, module: nn.Module, trainer: Any, silent_logger: Callable[[], Any]) -> Iterator[None]:
+    """Around an evaluation that nobody should notice: `self.log`, `self.log_dict`, `self.print` and the loggers are silent, too."""
     loggers = trainer.loggers
-    with undoing() as undo:
+    with state.hidden() as undo:
         undo.also(lambda: setattr(trainer, "loggers", loggers))
-        undo.metrics(module)
-        undo.attributes(module, skip=_HOST)
         undo.bind(module, log=nothing, log_dict=nothing, print=nothing)
         trainer.loggers = [silent_logger() for _ in loggers]
         yield

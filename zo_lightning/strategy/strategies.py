@@ -26,7 +26,8 @@ class ZOStrategy(ForwardOnly, SingleDeviceStrategy):
 
     Args:
         lr: learning rate; None takes that of the optimizer of configure_optimizers at each step. A number replaces it, and the user's
-            LR scheduler goes on scaling it. weight_decay: decoupled; None takes the optimizer's.
+            LR scheduler goes on scaling it from its own start (OneCycleLR begins at a 25th of its peak).
+        weight_decay: decoupled; None takes the optimizer's.
         eps: perturbation scale. seed: of the run. noise: "rademacher" or "gaussian". estimator: an `Estimator`; None is SPSA(queries=1).
         weights: "exact", "copy", "inplace" or "auto". dropout: False switches Dropout modules off while training.
         clip: bound on the absolute projected gradient. safeguard: "stop", "halve", "warn", None or a `Safeguard`.

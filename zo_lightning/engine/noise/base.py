@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -28,8 +29,11 @@ class Noise(ABC):
     name: str
 
     @abstractmethod
-    def values(self, keys: Tensor, stretches: Sequence[Stretch], dtype: torch.dtype) -> Tensor:
-        """z over the stretches, concatenated; one-dimensional, of `dtype` (float32 or float64), on the device of `keys`."""
+    def values(self, keys: Tensor, stretches: Sequence[Stretch], dtype: torch.dtype, fused: bool = False) -> Tensor:
+        """z over the stretches, concatenated; one-dimensional, of `dtype` (float32 or float64), on the device of `keys`.
+
+        `fused` computes the hash in one compiled kernel: the same values, worth its compilation where others are compiled anyway.
+        """
 
     @abstractmethod
     def at(self, index: Tensor, key: Tensor) -> Tensor:
@@ -42,6 +46,12 @@ class Noise(ABC):
         `out` and `base` are one-dimensional and contiguous, and may be the same tensor; `start` is a multiple of 2**19; `key` has shape
         (3,). The arithmetic is that of `scalars`' dtype: float64 for float64 weights, else float32.
         """
+
+
+@functools.lru_cache(maxsize=256)
+def constants(values: float | tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A small tensor that nobody writes to; the same few are asked for at every tensor of a sweep."""
+    return torch.tensor(values, dtype=dtype).to(device)
 
 
 def counters(keys: Tensor, stretches: Sequence[tuple[int, int, int]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

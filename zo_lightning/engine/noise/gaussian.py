@@ -8,25 +8,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from zo_lightning.engine.noise.base import Noise, Stretch, counters
+from zo_lightning.engine.noise.base import Noise, Stretch, constants, counters
 from zo_lightning.engine.noise.compiling import dispatch, kernel
-from zo_lightning.engine.noise.threefry import threefry
+from zo_lightning.engine.noise.threefry import fused_threefry, threefry
 
 HALF = 1 << 18
 """The two values of a hash lie this far apart: the halves of a block are separate contiguous tensors, so the kernel vectorizes."""
 _QUARTERS = math.pi * 2.0**-31
 
 
-def _polar(c0: Tensor, c1: Tensor, k0: Tensor, k1: Tensor) -> tuple[Tensor, Tensor]:
+def _polar(x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
     """Radius sqrt(-2 ln u) with u = 2**-24, 2 * 2**-24, ..., 1, exact in float32, and the angle in [-pi, pi)."""
-    x0, x1 = threefry(c0, c1, k0, k1)
     u = (((x0 >> 8) & 0xFFFFFF) + 1).float() * 2.0**-24
     return torch.sqrt(-2.0 * torch.log(u)), x1.float() * _QUARTERS
 
 
 def _pairs(count: int, first: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     c0 = torch.arange(count, dtype=torch.int32, device=key.device) + first
-    return _polar(c0, key[2], key[0], key[1])
+    return _polar(*threefry(c0, key[2], key[0], key[1]))
 
 
 def _moved(base: Tensor, z: Tensor, scalars: Tensor) -> Tensor:
@@ -62,7 +61,7 @@ def _add_first_(a: Tensor, first: Tensor, key: Tensor, scalars: Tensor) -> None:
 @kernel
 def _normal_at(index: Tensor, key: Tensor) -> Tensor:
     pair = (index >> 19 << 18) + (index & (HALF - 1))
-    radius, angle = _polar(pair.int(), key[2], key[0], key[1])
+    radius, angle = _polar(*threefry(pair.int(), key[2], key[0], key[1]))
     return radius * torch.where((index & HALF) != 0, torch.sin(angle), torch.cos(angle))
 
 
@@ -76,12 +75,12 @@ class Gaussian(Noise):
 
     name = "gaussian"
 
-    def values(self, keys: Tensor, stretches: Sequence[Stretch], dtype: torch.dtype) -> Tensor:
+    def values(self, keys: Tensor, stretches: Sequence[Stretch], dtype: torch.dtype, fused: bool = False) -> Tensor:
         pieces = []
         for group in self._within_halves(stretches):
             second = (group[0].first // HALF) % 2
             ranges = [(s.row, s.first // (2 * HALF) * HALF + s.first % HALF, s.length) for s in group]
-            radius, angle = _polar(*counters(keys, ranges))
+            radius, angle = _polar(*(fused_threefry if fused else threefry)(*counters(keys, ranges)))
             pieces.append(radius * (torch.sin(angle) if second else torch.cos(angle)))
         return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).to(dtype)
 
@@ -108,7 +107,7 @@ class Gaussian(Noise):
     def add(self, out: Tensor, base: Tensor, key: Tensor, start: int, scalars: Tensor) -> None:
         in_place = out is base
         for begin in range(0, base.numel(), 2 * HALF):
-            first = torch.tensor((start + begin) // 2, dtype=torch.int32, device=key.device)
+            first = constants((start + begin) // 2, torch.int32, key.device)
             length = min(2 * HALF, base.numel() - begin)
             pairs = max(0, length - HALF)
             if pairs:

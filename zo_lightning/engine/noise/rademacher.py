@@ -8,16 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from zo_lightning.engine.noise.base import Noise, Stretch, counters
+from zo_lightning.engine.noise.base import Noise, Stretch, constants, counters
 from zo_lightning.engine.noise.compiling import dispatch, kernel
-from zo_lightning.engine.noise.threefry import threefry
+from zo_lightning.engine.noise.threefry import fused_threefry, threefry
 
 _CHUNK = 1 << 22
 """Elements whose sign words (1 bit each) exist at once."""
-
-
-def _words(c0: Tensor, c1: Tensor, k0: Tensor, k1: Tensor) -> Tensor:
-    return torch.stack(threefry(c0, c1, k0, k1), dim=-1).view(-1)
 
 
 def _words_into(words: Tensor, first: Tensor, key: Tensor) -> None:
@@ -65,9 +61,9 @@ class Rademacher(Noise):
 
     name = "rademacher"
 
-    def values(self, keys: Tensor, stretches: Sequence[Stretch], dtype: torch.dtype) -> Tensor:
+    def values(self, keys: Tensor, stretches: Sequence[Stretch], dtype: torch.dtype, fused: bool = False) -> Tensor:
         blocks = [(row, start // 64, (start + count - 1) // 64 - start // 64 + 1) for row, start, count in stretches]
-        words = _words(*counters(keys, blocks))
+        words = torch.stack((fused_threefry if fused else threefry)(*counters(keys, blocks)), dim=-1).view(-1)
         # view(uint8) takes the bytes of a word from the lowest up, as every machine that torch runs on stores them
         signs = _byte_signs(dtype, keys.device).index_select(0, words.view(torch.uint8).int()).view(-1)
         if len(stretches) == 1:
@@ -88,7 +84,7 @@ class Rademacher(Noise):
         words = torch.empty(2 * min(whole, _CHUNK) // 64, dtype=torch.int32, device=base.device)
         for begin in range(0, whole, _CHUNK):
             end = min(begin + _CHUNK, whole)
-            first = torch.tensor((start + begin) // 64, dtype=torch.int32, device=key.device)
+            first = constants((start + begin) // 64, torch.int32, key.device)
             target, drawn = out[begin:end].view(-1, 2, 32), words[: (end - begin) // 32].view(2, -1)
             if out is base:
                 _add_signs_(target, drawn, first, key, scalars)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zo_lightning.engine.noise.base import Noise, Stretch
+from zo_lightning.engine.noise.base import Noise, Stretch, constants
 from zo_lightning.engine.noise.compiling import available
 from zo_lightning.engine.seeds import stream
 
@@ -50,6 +50,7 @@ def _sweep_device(items: list[Item], seeds: Sequence[int], noise: Noise, device:
     keys = torch.tensor(rows, dtype=torch.int32).reshape(-1, 3).to(device, non_blocking=True)
     pack: list[tuple[int, Item]] = []
     size = 0
+    fused = any(item.base.numel() > SMALL for item in items) and available(device.type)
     for row, item in enumerate(items):
         numel = item.base.numel()
         if item.rows is not None:
@@ -60,12 +61,12 @@ def _sweep_device(items: list[Item], seeds: Sequence[int], noise: Noise, device:
             done.append(item)
         elif numel:
             if size + numel > PACK:
-                _packed(pack, keys, len(seeds), noise, done)
+                _packed(pack, keys, len(seeds), noise, fused, done)
                 pack, size = [], 0
             pack.append((row, item))
             size += numel
     if pack:
-        _packed(pack, keys, len(seeds), noise, done)
+        _packed(pack, keys, len(seeds), noise, fused, done)
 
 
 def compute_dtype(base: Tensor) -> torch.dtype:
@@ -73,10 +74,11 @@ def compute_dtype(base: Tensor) -> torch.dtype:
     return torch.float64 if base.dtype == torch.float64 else torch.float32
 
 
-def _packed(pack: Sequence[tuple[int, Item]], keys: Tensor, terms: int, noise: Noise, done: list[Item]) -> None:
+def _packed(pack: Sequence[tuple[int, Item]], keys: Tensor, terms: int, noise: Noise, fused: bool, done: list[Item]) -> None:
     """Small tensors: z of all of them is one tensor of at most PACK elements."""
     drawn = [
-        noise.values(keys, [Stretch(row * terms + j, 0, item.base.numel()) for row, item in pack], torch.float32) for j in range(terms)
+        noise.values(keys, [Stretch(row * terms + j, 0, item.base.numel()) for row, item in pack], torch.float32, fused)
+        for j in range(terms)
     ]
     at = 0
     for _, item in pack:
@@ -153,15 +155,12 @@ def _compiled(item: Item, keys: Tensor, noise: Noise) -> None:
     out = base if same else item.out.detach().view(-1)
     dtype = compute_dtype(base)
 
-    def scalars(decay: float, c: float) -> Tensor:
-        return torch.tensor([decay, c], dtype=dtype).to(base.device, non_blocking=True)
-
     if len(item.coefficients) == 1:
-        noise.add(out, base, keys[0], 0, scalars(item.decay, item.coefficients[0]))
+        noise.add(out, base, keys[0], 0, constants((item.decay, item.coefficients[0]), dtype, base.device))
         return
     for at in range(0, base.numel(), PACK):
         piece = base[at : at + PACK]
         total = torch.zeros(piece.numel(), dtype=dtype, device=base.device)
         for j, c in enumerate(item.coefficients):
-            noise.add(total, total, keys[j], at, scalars(1.0, c))
+            noise.add(total, total, keys[j], at, constants((1.0, c), dtype, base.device))
         out[at : at + PACK] = (piece.to(dtype) * item.decay).add_(total)

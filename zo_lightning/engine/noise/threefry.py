@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from zo_lightning.engine.noise.compiling import kernel
+
 _ROTATIONS = (13, 15, 26, 6, 17, 29, 16, 24)
 _PARITY = 0x1BD11BDA
 
@@ -27,3 +29,9 @@ def threefry(c0: Tensor, c1: Tensor, k0: Tensor, k1: Tensor) -> tuple[Tensor, Te
             x0 = x0 + keys[j % 3]
             x1 = x1 + keys[(j + 1) % 3] + j
     return x0, x1
+
+
+@kernel
+def fused_threefry(c0: Tensor, c1: Tensor, k0: Tensor, k1: Tensor) -> tuple[Tensor, Tensor]:
+    """The same in one compiled kernel."""
+    return threefry(c0, c1, k0, k1)

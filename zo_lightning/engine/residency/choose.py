@@ -51,7 +51,7 @@ def _auto(module: nn.Module | None, trained: Sequence[Trained], noise: Noise) ->
     elif compiled_part(module) is not None:
         why = "the model is compiled"
     elif not repeated_blocks(module):
-        why = "the model has no repeated blocks"
+        why = "the model has no repeated blocks (modules of one class, with submodules, in a ModuleList or the like)"
     else:
         return Exact(module, trained, noise)
     say_once("weights.auto", f'weights="auto" perturbs the weights in place, because {why}: they return up to rounding, not bit for bit.')

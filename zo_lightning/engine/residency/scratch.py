@@ -29,14 +29,12 @@ class Scratch:
     def __init__(self, in_turn: Sequence[Sequence[Trained]] = ()) -> None:
         self._free: dict[tuple[Place, int], list[Tensor]] = {}
         self._largest: dict[Place, int] = {}
-        self._in_turn = {id(p) for parameters in in_turn for p in parameters}
         for parameters in in_turn:
             for place, wanted in _sizes(parameters).items():
                 self._largest[place] = max(self._largest.get(place, 0), wanted)
 
-    def take(self, parameters: Sequence[Trained]) -> tuple[list[Tensor], Callable[[], None]]:
-        """Uninitialised tensors like `parameters`, and what gives their memory back."""
-        in_turn = all(id(p) in self._in_turn for p in parameters)
+    def take(self, parameters: Sequence[Trained], in_turn: bool) -> tuple[list[Tensor], Callable[[], None]]:
+        """Uninitialised tensors like `parameters`, which belong to a unit of that kind, and what gives their memory back."""
         buffers: dict[Place, Tensor] = {}
         for place, wanted in _sizes(parameters).items():
             size = self._largest[place] if in_turn else wanted
@@ -97,10 +95,10 @@ class _OnScratch(Residency):
 
     @contextmanager
     def _materialized(
-        self, parameters: Sequence[Trained], point: Displacement, eps: Sequence[float], rows: Tensor | None = None
+        self, parameters: Sequence[Trained], point: Displacement, eps: Sequence[float], rows: Tensor | None = None, in_turn: bool = False
     ) -> Iterator[None]:
         todo = [p for p in parameters if id(p) not in self._away]
-        outs, give_back = self._scratch.take(todo)
+        outs, give_back = self._scratch.take(todo, in_turn)
         bases: list[list[Tensor]] = []
         try:
             with _disable_current_modes():
@@ -148,7 +146,8 @@ class Exact(_OnScratch):
         self._probed = False
 
     def _expect(self) -> None:
-        self._scratch = Scratch([unit.parameters for unit in self.units if not _encloses(unit, self.units)])
+        self._in_turn = {id(unit) for unit in self.units if not _encloses(unit, self.units)}
+        self._scratch = Scratch([unit.parameters for unit in self.units if id(unit) in self._in_turn])
 
     def needs_probe(self) -> bool:
         return not self._probed
@@ -199,7 +198,8 @@ class Exact(_OnScratch):
             if self._point is not None:
                 with held():
                     stack = ExitStack()
-                    stack.enter_context(self._materialized(unit.parameters, *self._point, rows_read(unit, args)))
+                    rows, in_turn = rows_read(unit, args), id(unit) in self._in_turn
+                    stack.enter_context(self._materialized(unit.parameters, *self._point, rows, in_turn))
                     self._open.setdefault(module, []).append(stack)
 
         return hook
