@@ -281,7 +281,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         if self._zero_run == ZERO_STEPS:
             say_once("zero_difference", NO_DIFFERENCE)
         if self.safeguard is not None and not report.skipped:
-            self.safeguard.watch(report.loss, float(self.param_groups[0]["lr"]), self.usual_lr())
+            self.safeguard.watch(report.loss, float(self.param_groups[0]["lr"]), self.usual_lr)
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state, and under "zo" what a resumed run needs to continue bit for bit."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,7 +49,7 @@ class Safeguard:
                 f"safeguard={self.action!r} is not known. Use one of {', '.join(map(repr, ACTIONS))}, None, or a Safeguard(...)."
             )
 
-    def watch(self, loss: float, lr: float, usual_lr: str) -> None:
+    def watch(self, loss: float, lr: float, usual_lr: Callable[[], str]) -> None:
         """Take in the loss of one step; `lr` and the usual range are named in the message. Raises DivergenceError with action "stop"."""
         self._losses.append(loss)
         if len(self._losses) < self.window:
@@ -75,10 +76,10 @@ class Safeguard:
             return False
         return min(rest) > first + max(self.tolerance * abs(first), min(4 * statistics.stdev(rest), 3 * abs(first)))
 
-    def _act(self, start: str, mean: float, lr: float, usual_lr: str) -> None:
+    def _act(self, start: str, mean: float, lr: float, usual_lr: Callable[[], str]) -> None:
         message = (
             f"The run diverges: the mean loss of the last {self.window} steps is {mean:.4g}, {start}. "
-            f"The learning rate is lr={lr * self.scale:.3g}. Usual is {usual_lr}. "
+            f"The learning rate is lr={lr * self.scale:.3g}. Usual is {usual_lr()}. "
         )
         if self.action == "stop":
             raise DivergenceError(message + 'Lower lr, or set safeguard="halve" to halve it when this happens, or safeguard=None to go on.')

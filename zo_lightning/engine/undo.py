@@ -6,6 +6,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import eq, is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,14 +39,15 @@ class Undo:
         library = sys.modules.get("torchmetrics")  # who has metrics has imported it
         self._metric: Any = getattr(library, "Metric", ())
         self._kinds: tuple[Any, ...] = () if library is None else (self._metric, getattr(library, "MetricCollection", ()))
+        self._followed = (dict, list, tuple, set, deque, Tensor, *self._kinds)
 
     def attributes(self, owner: object, skip: frozenset[str] = frozenset()) -> None:
         """Remember the attributes of an object, and what they hold except for those in `skip` and the tables of an nn.Module."""
         attributes = vars(owner)
-        entries = dict(attributes)
+        entries = attributes.copy()
         self.also(lambda: _refill(attributes, entries))
         for name, value in entries.items():
-            if name not in skip and name not in _TORCH:
+            if isinstance(value, self._followed) and name not in skip and name not in _TORCH:
                 self._contents(value)
 
     def modules(self, root: nn.Module, skip: frozenset[str] = frozenset()) -> None:
@@ -174,6 +176,8 @@ def undoing() -> Iterator[Undo]:
 
 
 def _refill(table: dict[Any, Any], entries: dict[Any, Any]) -> None:
+    if len(table) == len(entries) and all(map(is_, table.values(), entries.values())) and all(map(eq, table, entries)):
+        return  # as most are: nothing was bound, added or removed
     for name in [name for name in table if name not in entries]:
         del table[name]
     for name, value in entries.items():
