@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from engine_models import Closure, bits, snapshot
+from engine_models import Closure, bits, distance, snapshot
 from reference import noise as reference
 from torch import Tensor, nn
 
@@ -33,8 +33,8 @@ class Tied(nn.Module):
     def __init__(self, peek: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.embed = nn.Embedding(300, 20)
-        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(20, 20), nn.Tanh()) for _ in range(2)])
+        self.embed = nn.Embedding(300, 128)  # more elements than are done together with other small tensors
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(128, 128), nn.Tanh()) for _ in range(2)])
         if peek:
             self.embed.register_forward_hook(lambda module, args, output: output + self.embed.weight[200])
 
@@ -90,6 +90,10 @@ def test_exact_weights_give_the_losses_of_a_copy(kind: str, peek: bool, dtype: t
         models.append(snapshot(model))
         if weights == "exact":
             assert rows[-1] is (kind == "untied" and not peek)  # the watched pass before the first step does not know yet
-    assert values[:3] == values[3:]
     assert values[0][0] != values[0][1]
-    assert all(torch.equal(bits(models[0][name]), bits(models[1][name])) for name in models[0])
+    if noise == "rademacher":
+        assert values[:3] == values[3:]
+        assert all(torch.equal(bits(models[0][name]), bits(models[1][name])) for name in models[0])
+    else:  # logarithm, sine and cosine of two kernels differ in their last bits
+        assert np.array(values[:3]) == pytest.approx(np.array(values[3:]), rel=1e-5)
+        assert distance(*models) <= 1e-5

@@ -21,7 +21,7 @@ PACK = 1 << 19
 class Item(NamedTuple):
     """One tensor of a sweep: where the result goes (may be `base` itself), the weights, the parameter's key, its scalars.
 
-    With `rows` (int64, repetitions allowed), only these rows of a matrix are read and written.
+    With `rows` (int64, repetitions allowed), only these rows of a matrix need to be written; the others of a large one are not.
     """
 
     out: Tensor
@@ -53,7 +53,7 @@ def _sweep_device(items: list[Item], seeds: Sequence[int], noise: Noise, device:
     fused = any(item.base.numel() > SMALL for item in items) and available(device.type)
     for row, item in enumerate(items):
         numel = item.base.numel()
-        if item.rows is not None:
+        if item.rows is not None and numel > SMALL:
             _rows(item, item.rows, keys[row * len(seeds) : (row + 1) * len(seeds)], noise)
             done.append(item)
         elif numel > SMALL:
