@@ -66,9 +66,9 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     seen: list[bool] = []
     plain = scratch.sweep
 
-    def watched(items: list[Item], *rest: object) -> None:
+    def watched(items: list[Item], *rest: object, **more: object) -> None:
         seen.extend(item.rows is not None for item in items if item.base.shape[:1] == (300,))
-        plain(items, *rest)  # type: ignore[arg-type]
+        plain(items, *rest, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(scratch, "sweep", watched)
     return seen

@@ -40,7 +40,7 @@ PRECISIONS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Some trained weights are 16-bit", "ignore:.*is not supported by the model summary")
+@pytest.mark.filterwarnings("ignore:.*is not supported by the model summary")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_precision_trains_as_it_computes(precision: str, name: str, tmp_path: Path) -> None:
@@ -90,9 +90,3 @@ def test_the_loss_scaler_of_16_mixed_is_left_out(tmp_path: Path, recwarn: pytest
     assert all(0 < report.loss < 10 for report in recorder.reports)  # not 1024 times it
     assert plugin.scaler.get_scale() == 1024.0
     assert sum("loss scaler of 16-mixed precision does nothing" in text for text in said(recwarn)) == 1
-
-
-def test_16_bit_weights_are_said_once(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    for _ in range(2):
-        trainer(tmp_path, strategy=ZOStrategy(lr=0.01), precision="bf16-true", max_steps=2).fit(Watching(), loader())
-    assert sum("Some trained weights are 16-bit" in text for text in said(recwarn)) == 1

@@ -1,4 +1,4 @@
-"""ZOOptimizer as torch.optim.Optimizer: schedulers, groups, hooks, halves of a step, accumulation, resume, reports, 16-bit weights."""
+"""ZOOptimizer as torch.optim.Optimizer: schedulers, groups, hooks, halves of a step, accumulation, resume, reports."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from engine_models import RESIDENCIES, LanguageModel, bits, distance, mean_square, mlp, next_token, regression, same, snapshot
-from reference.noise import query_seed, whole
 from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedulers
 
-from zo_lightning.engine import SPSA, Safeguard, StepReport, ZOOptimizer, ZOWarning
+from zo_lightning.engine import SPSA, Safeguard, StepReport, ZOOptimizer
 
 EXACT = ("exact", "copy")
 
@@ -320,27 +319,11 @@ def test_the_same_seed_is_the_same_run_and_another_seed_another(weights: str) ->
     assert distance(snapshot(runs[0].model), snapshot(runs[2].model)) > 1e-4
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_16_bit_updates_round_to_nearest_and_say_so_once(dtype: torch.dtype) -> None:
-    model = nn.Linear(300, 1, bias=False, dtype=dtype)
-    before = model.weight.detach().clone()
-    optimizer = ZOOptimizer(model, lr=0.01, weight_decay=0.5)
-    losses = iter([1.0, 0.9, 1.0, 0.9])
-    with pytest.warns(ZOWarning, match=r"16-bit.*round to the nearest.*float32") as said:
-        optimizer.step(lambda: (model(torch.ones(300, dtype=dtype)), next(losses))[1])  # type: ignore[arg-type,return-value]
-    assert len(said) == 1
-    z = torch.from_numpy(whole("rademacher", query_seed(0, 0, 0), "weight", 300)).float()
-    step = torch.tensor(-0.01 * last(optimizer).projected_grad, dtype=torch.float32)
-    assert torch.equal(bits(model.weight), bits((before.float() * 0.995 + step * z).to(dtype)))
-    optimizer.step(lambda: (model(torch.ones(300, dtype=dtype)), next(losses))[1])  # type: ignore[arg-type,return-value]
-
-
 @pytest.mark.parametrize(
     ("dtype", "eps", "noise"),
     [(torch.float32, 1e-3, "rademacher"), (torch.float32, 1e-3, "gaussian"), (torch.bfloat16, 3e-2, "rademacher")],
     ids=str,
 )
-@pytest.mark.filterwarnings("ignore:Some trained weights are 16-bit")
 def test_it_trains(dtype: torch.dtype, eps: float, noise: str) -> None:
     x, model = regression(dtype, rows=64)[0], mlp(dtype=dtype)
     y = x[:, :3].sum(1, keepdim=True)

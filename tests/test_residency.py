@@ -226,9 +226,9 @@ def test_in_place_steps_restore_and_update_in_one_pass(monkeypatch: pytest.Monke
     module = sys.modules["zo_lightning.engine.residency.inplace"]
     real, sweeps = module.sweep, []
 
-    def counted(items: Sequence[object], *args: object) -> None:
+    def counted(items: Sequence[object], *args: object, **more: object) -> None:
         sweeps.append(len(items))
-        real(items, *args)
+        real(items, *args, **more)
 
     monkeypatch.setattr(module, "sweep", counted)
     model, loss = task("no blocks")

@@ -1,4 +1,4 @@
-"""Which way of perturbing weights a model gets, what each needs, and what is said: auto, compiled models, adapters, 16 bits."""
+"""Which way of perturbing weights a model gets, what each needs, and what is said: auto, compiled models, adapters."""
 
 from __future__ import annotations
 
@@ -10,12 +10,9 @@ import pytest
 import torch
 from engine_models import (
     LanguageModel,
-    bits,
     by_hand,
-    mean_square,
     mlp,
     next_token,
-    regression,
     sequence_model,
     snapshot,
     train,
@@ -102,15 +99,3 @@ def test_adapters_alone_train_and_auto_copies_them(large: None) -> None:
     changed = {name for name, weight in snapshot(model).items() if not torch.equal(weight, before[name])}
     assert changed == {name for name in before if "lora_" in name}
     assert len(expected) == len(changed) == 8
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_16_bit_weights_round_to_nearest_and_say_so_once(dtype: torch.dtype) -> None:
-    model, data = mlp(dtype=dtype), regression(dtype)
-    expected, losses = by_hand(model, lambda twin: mean_square(twin, data), Settings(0.05, eps=0.05), 1)
-    with pytest.warns(ZOWarning, match="Some trained weights are 16-bit, and updates round to the nearest"):
-        got = train(ZOOptimizer(model, lr=0.05, eps=0.05, weights="copy"), mean_square(model, data), 1)
-    assert got == losses
-    for name, weight in model.named_parameters():
-        assert torch.equal(bits(weight), bits(expected[name]))
-    ZOOptimizer(mlp(dtype=dtype), weights="copy").step(mean_square(model, data))  # warnings are errors: said once

@@ -28,11 +28,6 @@ def usual_lr(trained: Sequence[Trained]) -> str:
 ZERO_STEPS = 20
 """After so many steps without any difference between the points, the user is told."""
 
-SIXTEEN_BIT = (
-    "Some trained weights are 16-bit, and updates round to the nearest representable value: steps smaller than half a unit in the last "
-    "place are lost (at lr 1e-7 most of them). Keep the trained weights in float32 (autocast or bf16-mixed is fine) for exact updates."
-)
-
 NO_DIFFERENCE = (
     f"The objective had the same value at every point in {ZERO_STEPS} steps in a row, so nothing was learned in them. Either it changes in "
     "steps (accuracy on a small batch: use a larger batch or eps), it is computed in too low a precision, or the perturbation does not "

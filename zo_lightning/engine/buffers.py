@@ -34,6 +34,8 @@ class Buffers:
         self._module = module
         self._changing: set[tuple[int, str]] | None = None
         self._kept: dict[tuple[int, str], _Kept] = {}
+        self.moved = False
+        """Whether the last first evaluation changed any."""
 
     def begin(self) -> None:
         """Remember the state before the first evaluation."""
@@ -55,6 +57,7 @@ class Buffers:
                 kept.after = None if now is None else now.clone()
                 changing.add(place)
         self._changing = changing
+        self.moved = any(kept.after is not None or kept.replaced_by is not None for kept in self._kept.values())
 
     @staticmethod
     def _changed(kept: _Kept) -> bool:

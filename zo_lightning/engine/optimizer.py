@@ -6,28 +6,29 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zo_lightning.engine.advice import NO_DIFFERENCE, NO_LOSS, NOT_SAVED_HERE, NOTHING_TO_TRAIN, SIXTEEN_BIT, ZERO_STEPS, usual_lr
+from zo_lightning.engine import recall, state
+from zo_lightning.engine.advice import NO_DIFFERENCE, NO_LOSS, NOTHING_TO_TRAIN, ZERO_STEPS, usual_lr
 from zo_lightning.engine.estimators import Estimator, Term
 from zo_lightning.engine.evaluation import Closure, Evaluator, Muted, Task, as_scalar
+from zo_lightning.engine.journal import Journal, StepRecord
 from zo_lightning.engine.messages import say_once
-from zo_lightning.engine.noise import Noise
+from zo_lightning.engine.noise import Change, Noise
 from zo_lightning.engine.options import DEFAULT_LR, EngineOptions, as_estimator, as_noise, as_safeguard, check_group
 from zo_lightning.engine.parallel import Exchange
 from zo_lightning.engine.parameters import Trained, collect, names_of, signature, split_input
 from zo_lightning.engine.report import Estimate, StepReport, float32_spacing
-from zo_lightning.engine.residency import InPlace, Residency, build_residency
+from zo_lightning.engine.residency import Residency, build_residency
 from zo_lightning.engine.safeguard import Safeguard
-from zo_lightning.engine.seeds import evaluation_seed, query_seed
+from zo_lightning.engine.seeds import evaluation_seed, query_seed, rounding_seed
 from zo_lightning.engine.signals import held
 from zo_lightning.engine.updates import SGD, GroupSettings
 from zo_lightning.engine.window import Window
-
-STATE_VERSION = 1
 
 
 class ZOOptimizer(torch.optim.Optimizer):
@@ -92,6 +93,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         self._residency: Residency | None = None
         self._signature: tuple[Any, ...] = ()
         self.report: StepReport | None = None
+        self.journal: Journal | None = None
+        self._idle = 0
         super().__init__(groups, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
         self._trained()
 
@@ -124,8 +127,6 @@ class ZOOptimizer(torch.optim.Optimizer):
         now = signature(self.param_groups)
         if self._residency is None or now != self._signature:
             trained = self._trained()
-            if any(p.tensor.dtype in (torch.float16, torch.bfloat16) for p in trained):
-                say_once("16bit", SIXTEEN_BIT)
             if any(p.tensor._backward_hooks or p.tensor._post_accumulate_grad_hooks for p in trained):
                 say_once("grad_hooks", "Hooks on the gradients of parameters never run: forward-only training computes no gradient.")
             self._residency = build_residency(self.weights, self.module, trained, self.noise)
@@ -153,17 +154,29 @@ class ZOOptimizer(torch.optim.Optimizer):
         began = time.perf_counter()
         if self._window is None:
             self._window = self._new_window()
-        window = self._window
-        eps = self._eps_of(window)
+        window, plan = self._window, self._recalled()
         seed = evaluation_seed(self.seed, self.steps, window.micro_batches, self.exchange.rank)
-        output, losses = self._evaluator.evaluate(Task(closure, window.points, self.residency, eps, seed, muted, loss_of))
+        task = Task(closure, window.points, self.residency, [], seed, muted, loss_of)
+        if plan is not None:
+            return recall.estimate(plan, self._evaluator, task, window, weight)
+        if self.journal is not None:
+            self.journal.look(self)
+        output, losses = self._evaluator.evaluate(task._replace(eps=self._eps_of(window)))
+        if self.journal is not None:
+            self.journal.remember(self)
         window.micro_batches += 1
+        window.traces = window.traces or self._evaluator.buffers.moved
         if losses:
             window.add(losses, weight)
         window.seconds += time.perf_counter() - began
         if not losses:
             return Estimate(None, None)
         return Estimate(output, torch.stack(losses).mean() * weight)
+
+    def leaves_traces(self) -> None:
+        """Say of the evaluations since the last update that they left something (a logged value) which a resumed run must make again."""
+        if self._window is not None:
+            self._window.traces = True
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -174,22 +187,32 @@ class ZOOptimizer(torch.optim.Optimizer):
         """
         began = time.perf_counter()
         window, self._window = self._window, None
-        values = self._values(window)
+        plan = self._recalled()
+        values = self._values(window) if plan is None else self._recorded(plan)
         if values is None:
             self._check_no_gradients()
+            self._idle += 1
             return None
         window = window or self._new_window()  # other ranks had data
         finite = all(math.isfinite(value) for value in values)
         terms = self.estimator.terms(window.points, values) if finite else []
-        lr = self._lr(self.param_groups[0])
+        settings = self._settings(window, plan)
+        change = Change(
+            tuple(term.seed for term in terms),
+            tuple(self.rule.step(terms, group) for group in settings),
+            rounding_seed(self.seed, self.steps),
+        )
+        self._record(plan, StepRecord(self.steps, tuple(values), tuple(settings), not finite, max(1, window.micro_batches)), window)
         if finite:
-            eps = self._eps_of(window)
-            steps = [self.rule.step(terms, self._settings(group, e)) for group, e in zip(self.param_groups, eps, strict=True)]
-            self.residency.update([term.seed for term in terms], steps)
-        elif isinstance(self._residency, InPlace):
-            self._residency.restore()
+            self.residency.update(change)
+        else:
+            self.residency.restore()
+        self.residency.take_passes()
+        self._idle = 0
+        if self.journal is not None:
+            self.journal.remember(self)
         seconds = window.seconds + time.perf_counter() - began
-        self.report = self._make_report(window, values, terms, lr, seconds)
+        self.report = self._make_report(window, values, terms, settings[0].lr, seconds)
         self.steps += 1
         self._keep_count(self.report)
         return self.report
@@ -199,20 +222,26 @@ class ZOOptimizer(torch.optim.Optimizer):
         if closure is None:
             self.apply()
             return None
-        residency = self.residency
-        with held():  # a handler that saves a checkpoint finds the weights before the step or after it
-            if not isinstance(residency, InPlace):
-                loss = self.estimate(closure, loss_of=as_scalar).loss
-                self.apply()
-                return loss
-            residency.defer_restore = True
-            try:
-                loss = self.estimate(closure, loss_of=as_scalar).loss
-                self.apply()
-            finally:
-                residency.defer_restore = False
-                residency.restore()
+        with held(), self.residency.fused():  # a handler that saves a checkpoint finds the weights before the step or after it
+            loss = self.estimate(closure, loss_of=as_scalar).loss
+            self.apply()
         return loss
+
+    def _recalled(self) -> StepRecord | None:
+        """The record of this step, where an earlier process made it."""
+        return None if self.journal is None else self.journal.recall(self.steps)
+
+    def _recorded(self, plan: StepRecord) -> list[float] | None:
+        return None if self._idle < plan.idle else list(plan.values)
+
+    def _record(self, plan: StepRecord | None, record: StepRecord, window: Window) -> None:
+        """Tell the journal, before anything is changed; a step that it knows brings the moves that rounded the weights."""
+        if plan is not None:
+            self.residency.reenact(plan.passes, window.points, recall.eps_of(plan))
+        elif self.journal is not None:
+            self.journal.look(self)
+            passes = self.residency.take_passes()
+            self.journal.append(replace(record, passes=passes, traces=window.traces, idle=self._idle))
 
     def _new_window(self) -> Window:
         return Window(self.estimator.points(lambda query: query_seed(self.seed, self.steps, query)), [])
@@ -246,8 +275,14 @@ class ZOOptimizer(torch.optim.Optimizer):
     def _lr(self, group: dict[str, Any]) -> float:
         return float(group["lr"]) * (self.safeguard.scale if self.safeguard else 1.0)
 
-    def _settings(self, group: dict[str, Any], eps: float) -> GroupSettings:
-        return GroupSettings(self._lr(group), eps, float(group["weight_decay"]))
+    def _settings(self, window: Window, plan: StepRecord | None) -> list[GroupSettings]:
+        """Learning rate, scale and decay of each group in this step."""
+        eps = self._eps_of(window)
+        own = [GroupSettings(self._lr(g), e, float(g["weight_decay"])) for g, e in zip(self.param_groups, eps, strict=True)]
+        if plan is None:
+            return own
+        recall.compare(plan, own)
+        return list(plan.settings)
 
     def _make_report(self, window: Window, values: list[float], terms: list[Term], lr: float, seconds: float) -> StepReport:
         plus, minus = self.estimator.sides(values)
@@ -285,65 +320,26 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state, and under "zo" what a resumed run needs to continue bit for bit."""
-        return {**super().state_dict(), "zo": self._zo_state()}
-
-    def _zo_state(self) -> dict[str, Any]:
-        return {
-            "version": STATE_VERSION,
-            "seed": self.seed,
-            "steps": self.steps,
-            "forward_passes": self.forward_passes,
-            "skipped_steps": self.skipped_steps,
-            "zero_difference_steps": self.zero_difference_steps,
-            "nonfinite_run": self._nonfinite_run,
-            "zero_run": self._zero_run,
-            "safeguard": None if self.safeguard is None else self.safeguard.state_dict(),
-            "noise": self.noise.name,
-            "window": None if self._window is None else self._window.state_dict(),
-        }
+        return {**super().state_dict(), "zo": state.saved(self)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what `state_dict` returned. ValueError for the state of another optimizer or noise."""
-        zo = state_dict.get("zo")
-        if zo is None:
-            raise ValueError(NOT_SAVED_HERE)
-        if zo.get("version") != STATE_VERSION or zo.keys() != self._zo_state().keys():
-            raise ValueError(f"The state has version {zo.get('version')} or is incomplete; this release reads version {STATE_VERSION}.")
-        if zo["noise"] != self.noise.name:
-            raise ValueError(f"noise={self.noise.name!r}, but the state was saved with noise={zo['noise']!r}. Resume with the same noise.")
-        for group in state_dict["param_groups"]:
-            check_group(group)
-        if zo["window"] is not None:
-            self._new_window().load_state_dict(zo["window"])  # raises before anything is changed
+        zo = state.check(self, state_dict)
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "zo"})
-        self.seed, self.steps = zo["seed"], zo["steps"]
-        self.skipped_steps, self.zero_difference_steps = zo["skipped_steps"], zo["zero_difference_steps"]
-        self._nonfinite_run, self._zero_run = zo["nonfinite_run"], zo["zero_run"]
-        self._evaluator.count = zo["forward_passes"]
-        if self.safeguard is not None and zo["safeguard"] is not None:
-            self.safeguard.load_state_dict(zo["safeguard"])
-        self._window = None if zo["window"] is None else self._new_window()
-        if self._window is not None:
-            self._window.load_state_dict(zo["window"])
+        state.load(self, zo)
 
     def __getstate__(self) -> dict[str, Any]:
         """torch's state drops what a subclass has; names are kept by tensor, for a copy has other ones."""
-        state: dict[str, Any] = super().__getstate__()
+        plain: dict[str, Any] = super().__getstate__()
         named = [(p, self._names[id(p)]) for group in self.param_groups for p in group["params"] if id(p) in self._names]
         more = {"named": named, "dropout": self._evaluator.dropout, "count": self._evaluator.count}
-        return {**state, **{name: vars(self)[name] for name in _COPIED}, **more}
+        return {**plain, **{name: vars(self)[name] for name in state.COPIED}, **more}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        named, dropout, count = (state.pop(name, None) for name in ("named", "dropout", "count"))
-        super().__setstate__(state)
+    def __setstate__(self, plain: dict[str, Any]) -> None:
+        named, dropout, count = (plain.pop(name, None) for name in ("named", "dropout", "count"))
+        super().__setstate__(plain)
         if named is not None:  # None: torch's own load_state_dict
             self._names = {id(parameter): name for parameter, name in named}
-            self._residency, self._signature = None, ()
+            self._residency, self._signature, self.journal, self._idle = None, (), None, 0
             self._evaluator = Evaluator(self.module, dropout)
             self._evaluator.count = count
-
-
-_COPIED = (
-    *("module", "noise", "estimator", "weights", "seed", "rule", "safeguard", "max_nonfinite", "exchange", "report"),
-    *("steps", "skipped_steps", "zero_difference_steps", "_nonfinite_run", "_zero_run", "_window"),
-)

@@ -28,10 +28,15 @@ def parameter_key(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8, person=b"zo.param").digest(), "little")
 
 
-def stream(seed: int, key: int) -> tuple[int, int, int]:
-    """Three signed 32-bit words that select the noise stream of one (seed, parameter key).
+def rounding_seed(run_seed: int, step: int) -> int:
+    """The 63-bit seed of the stochastic rounding of the update of `step`."""
+    return int.from_bytes(_digest(b"zo.round", run_seed, step)[:8], "little") >> 1
+
+
+def stream(seed: int, key: int, label: bytes = b"zo.noise") -> tuple[int, int, int]:
+    """Three signed 32-bit words that select the stream of one (seed, parameter key); another `label` is another family of streams.
 
     They are Threefry's two key words and the high word of its counter. Under one key, Threefry permutes the counters, so two streams
     could only share values if all 96 bits agreed.
     """
-    return struct.unpack("<3i", _digest(b"zo.noise", seed, key)[:12])
+    return struct.unpack("<3i", _digest(label, seed, key)[:12])

@@ -20,6 +20,8 @@ class Window:
         self.totals: list[Tensor] | None = None
         self.micro_batches = 0
         self.seconds = 0.0
+        self.traces = False
+        """Whether the first evaluations left something behind: buffers, logged values."""
 
     def add(self, losses: list[Tensor], weight: float) -> None:
         """Add weight * loss of every point."""

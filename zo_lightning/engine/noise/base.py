@@ -19,6 +19,28 @@ class Stretch(NamedTuple):
     length: int
 
 
+class Drawn(NamedTuple):
+    """Where the keys of one tensor stand in a table of keys: `terms` rows for its noise, then one for its rounding if `rounded`."""
+
+    table: Tensor
+    row: int
+    terms: int
+    rounded: bool
+
+    def key(self, term: int) -> Tensor:
+        """The key, of shape (3,), of the noise of a term."""
+        return self.table[self.row + term]
+
+    @property
+    def rounding(self) -> Tensor:
+        """The key of the stochastic rounding, where there is one."""
+        return self.table[self.row + self.terms]
+
+    def stretch(self, term: int, first: int, length: int) -> Stretch:
+        """A stretch of a term's noise; of the rounding for `term` = `terms`."""
+        return Stretch(self.row + term, first, length)
+
+
 class Noise(ABC):
     """z[i] = noise(seed, parameter key, i), with E z = 0 and E z^2 = 1.
 
@@ -46,6 +68,10 @@ class Noise(ABC):
         `out` and `base` are one-dimensional and contiguous, and may be the same tensor; `start` is a multiple of 2**19; `key` has shape
         (3,). The arithmetic is that of `scalars`' dtype: float64 for float64 weights, else float32.
         """
+
+    @abstractmethod
+    def add_rounded(self, out: Tensor, base: Tensor, key: Tensor, round_key: Tensor, start: int, scalars: Tensor) -> None:
+        """The same for 16-bit weights with stochastic rounding (rounding.py), with `scalars` = (decay - 1, c) in float32."""
 
 
 @functools.lru_cache(maxsize=256)

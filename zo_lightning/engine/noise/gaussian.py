@@ -10,6 +10,7 @@ from torch import Tensor
 
 from zo_lightning.engine.noise.base import Noise, Stretch, constants, counters
 from zo_lightning.engine.noise.compiling import dispatch, kernel
+from zo_lightning.engine.noise.rounding import BLOCK, settle
 from zo_lightning.engine.noise.threefry import fused_threefry, threefry
 
 HALF = 1 << 18
@@ -122,3 +123,12 @@ class Gaussian(Noise):
                     _add_first_(out[rest], first + pairs, key, scalars)
                 else:
                     _add_first(out[rest], base[rest], first + pairs, key, scalars)
+
+    def add_rounded(self, out: Tensor, base: Tensor, key: Tensor, round_key: Tensor, start: int, scalars: Tensor) -> None:
+        for begin in range(0, base.numel(), 2 * HALF):
+            part = slice(begin, begin + 2 * HALF)
+            total = torch.zeros_like(base[part], dtype=torch.float32)
+            self.add(total, total, key, start + begin, torch.stack((torch.ones_like(scalars[1]), scalars[1])))
+            first = constants((start + begin) // BLOCK, torch.int32, key.device)
+            given = out[part]
+            settle(given, given if out is base else base[part], total, round_key, start + begin, scalars[0], first)

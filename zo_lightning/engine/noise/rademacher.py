@@ -10,6 +10,7 @@ from torch import Tensor
 
 from zo_lightning.engine.noise.base import Noise, Stretch, constants, counters
 from zo_lightning.engine.noise.compiling import dispatch, kernel
+from zo_lightning.engine.noise.rounding import dither, pairs_into, spread, stochastic
 from zo_lightning.engine.noise.threefry import fused_threefry, threefry
 
 _CHUNK = 1 << 22
@@ -40,6 +41,24 @@ def _add_signs(out: Tensor, base: Tensor, words: Tensor, first: Tensor, key: Ten
 def _add_signs_(weights: Tensor, words: Tensor, first: Tensor, key: Tensor, scalars: Tensor) -> None:
     _words_into(words, first, key)
     weights.copy_(weights.to(scalars.dtype) * scalars[0] + _signed(words, scalars[1]))
+
+
+@kernel
+def _round_signs(
+    out: Tensor, base: Tensor, words: Tensor, pairs: Tensor, first: Tensor, key: Tensor, round_key: Tensor, scalars: Tensor
+) -> None:
+    _words_into(words, first, key)
+    pairs_into(pairs, first, round_key)
+    wide = base.float()
+    out.copy_(stochastic(wide, wide * scalars[0] + _signed(words, scalars[1]), spread(pairs), out.dtype))
+
+
+@kernel
+def _round_signs_(weights: Tensor, words: Tensor, pairs: Tensor, first: Tensor, key: Tensor, round_key: Tensor, scalars: Tensor) -> None:
+    _words_into(words, first, key)
+    pairs_into(pairs, first, round_key)
+    wide = weights.float()
+    weights.copy_(stochastic(wide, wide * scalars[0] + _signed(words, scalars[1]), spread(pairs), weights.dtype))
 
 
 @kernel
@@ -94,3 +113,22 @@ class Rademacher(Noise):
             tail = Stretch(0, start + whole, base.numel() - whole)
             noise = self.values(key[None], [tail], scalars.dtype) * scalars[1]
             out[whole:] = base[whole:].to(scalars.dtype) * scalars[0] + noise
+
+    def add_rounded(self, out: Tensor, base: Tensor, key: Tensor, round_key: Tensor, start: int, scalars: Tensor) -> None:
+        whole = base.numel() // 64 * 64
+        words = torch.empty(2 * min(whole, _CHUNK) // 64, dtype=torch.int32, device=base.device)
+        pairs = torch.empty(2 * min(whole, _CHUNK) // 64, device=base.device)
+        for begin in range(0, whole, _CHUNK):
+            end = min(begin + _CHUNK, whole)
+            first = constants((start + begin) // 64, torch.int32, key.device)
+            count = (end - begin) // 32
+            target, drawn, dithers = out[begin:end].view(-1, 2, 32), words[:count].view(2, -1), pairs[:count].view(2, -1)
+            if out is base:
+                _round_signs_(target, drawn, dithers, first, key, round_key, scalars)
+            else:
+                _round_signs(target, base[begin:end].view(-1, 2, 32), drawn, dithers, first, key, round_key, scalars)
+        if whole < base.numel():
+            tail = [Stretch(0, start + whole, base.numel() - whole)]
+            wide = base[whole:].float()
+            change = wide * scalars[0] + self.values(key[None], tail, torch.float32) * scalars[1]
+            out[whole:] = stochastic(wide, change, dither(round_key[None], tail), base.dtype)

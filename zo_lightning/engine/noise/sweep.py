@@ -8,8 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zo_lightning.engine.noise.base import Noise, Stretch, constants
+from zo_lightning.engine.noise.base import Drawn, Noise, constants
 from zo_lightning.engine.noise.compiling import available
+from zo_lightning.engine.noise.flat import Small, step_flat
+from zo_lightning.engine.noise.rounding import BLOCK, dither, dither_at, rounds, settle, stochastic
 from zo_lightning.engine.seeds import stream
 
 SMALL = 1 << 15
@@ -33,40 +35,85 @@ class Item(NamedTuple):
 
 
 @torch.no_grad()
-def sweep(items: Sequence[Item], seeds: Sequence[int], noise: Noise, done: list[Item] | None = None) -> None:
+def sweep(items: Sequence[Item], seeds: Sequence[int], noise: Noise, done: list[Item] | None = None, rounding: int | None = None) -> None:
     """out <- decay * base + sum_j coefficients[j] * z(seeds[j], key), for every item.
 
     Weights of any floating dtype and layout; arithmetic in float32 (float64 for float64 weights), one rounding to the dtype of `out` at
-    the end. The sum over j runs in the order of `seeds`, so that results do not depend on how tensors are grouped, chunked or compiled.
-    Finished items are appended to `done`.
+    the end: to nearest, or, for 16-bit weights and with a seed `rounding`, stochastically. The sum over j runs in the order of `seeds`, so
+    that results do not depend on how tensors are grouped, chunked or compiled. Finished items are appended to `done`.
     """
     done = [] if done is None else done
     for device in {item.base.device for item in items}:
-        _sweep_device([item for item in items if item.base.device == device], seeds, noise, device, done)
+        here = [item for item in items if item.base.device == device and item.base.numel()]
+        _sweep_device(here, keys_of(here, [(seeds, rounding)], device), noise, device, done)
 
 
-def _sweep_device(items: list[Item], seeds: Sequence[int], noise: Noise, device: torch.device, done: list[Item]) -> None:
-    rows = [stream(seed, item.key) for item in items for seed in seeds]
-    keys = torch.tensor(rows, dtype=torch.int32).reshape(-1, 3).to(device, non_blocking=True)
-    pack: list[tuple[int, Item]] = []
-    size = 0
+def keys_of(items: Sequence[Item], changes: Sequence[tuple[Sequence[int], int | None]], device: torch.device) -> list[list[Drawn]]:
+    """For each (seeds, rounding seed) the keys of each item, which are views of one table."""
+    rows: list[tuple[int, int, int]] = []
+    for seeds, rounding in changes:
+        for item in items:
+            rows.extend(stream(seed, item.key) for seed in seeds)
+            if rounding is not None:
+                rows.append(stream(rounding, item.key, b"zo.round"))
+    table = torch.tensor(rows, dtype=torch.int32).reshape(-1, 3).to(device, non_blocking=True)
+    found, at = [], 0
+    for seeds, rounding in changes:
+        width, own = len(seeds) + (rounding is not None), []
+        for item in items:
+            own.append(Drawn(table, at, len(seeds), rounding is not None and rounds(item.base.dtype)))
+            at += width
+        found.append(own)
+    return found
+
+
+def _sweep_device(items: list[Item], keys: list[list[Drawn]], noise: Noise, device: torch.device, done: list[Item]) -> None:
+    small: dict[torch.dtype, list[tuple[Item, Drawn]]] = {}
     fused = any(item.base.numel() > SMALL for item in items) and available(device.type)
-    for row, item in enumerate(items):
+    for item, drawn in zip(items, keys[0], strict=True):
         numel = item.base.numel()
-        if item.rows is not None and numel > SMALL:
-            _rows(item, item.rows, keys[row * len(seeds) : (row + 1) * len(seeds)], noise)
-            done.append(item)
-        elif numel > SMALL:
-            _large(item, keys[row * len(seeds) : (row + 1) * len(seeds)], noise)
-            done.append(item)
-        elif numel:
-            if size + numel > PACK:
-                _packed(pack, keys, len(seeds), noise, fused, done)
-                pack, size = [], 0
-            pack.append((row, item))
-            size += numel
+        if numel <= SMALL:
+            small.setdefault(item.base.dtype, []).append((item, drawn))
+            continue
+        if item.rows is not None:
+            _rows(item, item.rows, drawn, noise)
+        else:
+            large(item, drawn, noise)
+        done.append(item)
+    for group in small.values():
+        for pack in packs(group):
+            _packed(pack, noise, fused)
+            done.extend(item for item, _ in pack)
+
+
+def packs(group: Sequence[tuple[Item, Drawn]]) -> Iterator[list[tuple[Item, Drawn]]]:
+    """Small tensors together, as long as they have at most PACK elements."""
+    pack: list[tuple[Item, Drawn]] = []
+    size = 0
+    for item, drawn in group:
+        if pack and size + item.base.numel() > PACK:
+            yield pack
+            pack, size = [], 0
+        pack.append((item, drawn))
+        size += item.base.numel()
     if pack:
-        _packed(pack, keys, len(seeds), noise, fused, done)
+        yield pack
+
+
+def _packed(pack: Sequence[tuple[Item, Drawn]], noise: Noise, fused: bool) -> None:
+    """Small tensors as one flat tensor."""
+    items = [item for item, _ in pack]
+    small = Small([item.base for item in items])
+    result = step_flat(
+        small,
+        small.gather(),
+        small.spread([item.decay for item in items]),
+        [small.spread([item.coefficients[j] for item in items]) for j in range(len(items[0].coefficients))],
+        [drawn for _, drawn in pack],
+        noise,
+        fused,
+    )
+    small.scatter(result, [item.out for item in items])
 
 
 def compute_dtype(base: Tensor) -> torch.dtype:
@@ -74,36 +121,22 @@ def compute_dtype(base: Tensor) -> torch.dtype:
     return torch.float64 if base.dtype == torch.float64 else torch.float32
 
 
-def _packed(pack: Sequence[tuple[int, Item]], keys: Tensor, terms: int, noise: Noise, fused: bool, done: list[Item]) -> None:
-    """Small tensors: z of all of them is one tensor of at most PACK elements."""
-    drawn = [
-        noise.values(keys, [Stretch(row * terms + j, 0, item.base.numel()) for row, item in pack], torch.float32, fused)
-        for j in range(terms)
-    ]
-    at = 0
-    for _, item in pack:
-        end = at + item.base.numel()
-        _combine(item, item.out, item.base, [z[at:end].view(item.base.shape) for z in drawn])
-        done.append(item)
-        at = end
-
-
-def _combine(item: Item, out: Tensor, base: Tensor, drawn: Sequence[Tensor]) -> None:
-    """out <- decay * base + sum_j c_j z_j, with z_j of the shape of `base`."""
+def _combine(item: Item, out: Tensor, base: Tensor, drawn: Sequence[Tensor], dithered: Tensor | None) -> None:
+    """out <- decay * base + sum_j c_j z_j, with z_j of the shape of `base`, rounded with `dithered` of that shape."""
     dtype = compute_dtype(base)
-    total = None
-    for c, z in zip(item.coefficients, drawn, strict=True):
-        scaled = z.to(dtype) * c
-        total = scaled if total is None else total.add_(scaled)
-    if total is None:
-        total = torch.zeros((), dtype=dtype, device=base.device)
-    if item.decay == 1.0 and out.shape == base.shape:
+    total = torch.zeros((), dtype=dtype, device=base.device)
+    for j, (c, z) in enumerate(zip(item.coefficients, drawn, strict=True)):
+        total = z.to(dtype) * c if j == 0 else total.add_(z.to(dtype) * c)
+    if dithered is not None:
+        wide = base.float()
+        out.copy_(stochastic(wide, wide * (item.decay - 1.0) + total, dithered, base.dtype))
+    elif item.decay == 1.0 and out.shape == base.shape:
         torch.add(base, total, out=out)
     else:
         out.copy_((base.to(dtype) * item.decay).add_(total))
 
 
-def _rows(item: Item, rows: Tensor, keys: Tensor, noise: Noise) -> None:
+def _rows(item: Item, rows: Tensor, drawn: Drawn, noise: Noise) -> None:
     """Some rows of a matrix, for a lookup that reads no others."""
     width = item.base.shape[1]
     rows = rows.flatten()
@@ -111,21 +144,28 @@ def _rows(item: Item, rows: Tensor, keys: Tensor, noise: Noise) -> None:
         index = some[:, None] * width + torch.arange(width, device=rows.device)
         base = item.base[some]
         out = torch.empty_like(base)
-        _combine(item, out, base, [noise.at(index, key) for key in keys])
+        dithered = dither_at(index, drawn.rounding) if drawn.rounded else None
+        _combine(item, out, base, [noise.at(index, drawn.key(j)) for j in range(drawn.terms)], dithered)
         item.out[some] = out
 
 
-def _large(item: Item, keys: Tensor, noise: Noise) -> None:
+def large(item: Item, drawn: Drawn, noise: Noise) -> None:
     """A large tensor: in one compiled pass where it can be, else in chunks of bounded size."""
-    flat = item.base.is_contiguous() and item.out.is_contiguous()
-    if flat and available(item.base.device.type):
-        _compiled(item, keys, noise)
+    if flat(item) and available(item.base.device.type):
+        same = item.out is item.base
+        base = item.base.detach().view(-1)
+        compiled(item, base if same else item.out.detach().view(-1), base, 0, drawn, noise)
         return
     for out, base, start in _chunks(item.out, item.base, 0):
-        drawn = [
-            noise.values(keys, [Stretch(j, start, base.numel())], torch.float32).view(base.shape) for j in range(len(item.coefficients))
-        ]
-        _combine(item, out, base, drawn)
+        where = [drawn.stretch(j, start, base.numel()) for j in range(drawn.terms + drawn.rounded)]
+        values = [noise.values(drawn.table, [stretch], torch.float32).view(base.shape) for stretch in where[: drawn.terms]]
+        dithered = dither(drawn.table, where[-1:]).view(base.shape) if drawn.rounded else None
+        _combine(item, out, base, values, dithered)
+
+
+def flat(item: Item) -> bool:
+    """Whether both tensors are contiguous."""
+    return item.base.is_contiguous() and item.out.is_contiguous()
 
 
 def _chunks(out: Tensor, base: Tensor, start: int) -> Iterator[tuple[Tensor, Tensor, int]]:
@@ -148,19 +188,27 @@ def _chunks(out: Tensor, base: Tensor, start: int) -> Iterator[tuple[Tensor, Ten
             yield out[piece], base[piece], start + at * row
 
 
-def _compiled(item: Item, keys: Tensor, noise: Noise) -> None:
-    """One fused pass for one term; several terms are summed first, in a buffer of bounded size."""
-    same = item.out is item.base
-    base = item.base.detach().view(-1)
-    out = base if same else item.out.detach().view(-1)
-    dtype = compute_dtype(base)
+def compiled(item: Item, out: Tensor, base: Tensor, start: int, drawn: Drawn, noise: Noise) -> None:
+    """One fused pass over flat tensors for one term; several terms are summed first, in a buffer of bounded size.
 
+    `out` and `base` (which may be one object) are the part of the item that begins at element `start`, a multiple of 2**19.
+    """
+    dtype, device = compute_dtype(base), base.device
     if len(item.coefficients) == 1:
-        noise.add(out, base, keys[0], 0, constants((item.decay, item.coefficients[0]), dtype, base.device))
+        c = item.coefficients[0]
+        if drawn.rounded:
+            noise.add_rounded(out, base, drawn.key(0), drawn.rounding, start, constants((item.decay - 1.0, c), dtype, device))
+        else:
+            noise.add(out, base, drawn.key(0), start, constants((item.decay, c), dtype, device))
         return
     for at in range(0, base.numel(), PACK):
-        piece = base[at : at + PACK]
-        total = torch.zeros(piece.numel(), dtype=dtype, device=base.device)
+        piece, target = base[at : at + PACK], out[at : at + PACK]
+        total = torch.zeros(piece.numel(), dtype=dtype, device=device)
         for j, c in enumerate(item.coefficients):
-            noise.add(total, total, keys[j], at, constants((1.0, c), dtype, base.device))
-        out[at : at + PACK] = (piece.to(dtype) * item.decay).add_(total)
+            noise.add(total, total, drawn.key(j), start + at, constants((1.0, c), dtype, device))
+        if not drawn.rounded:
+            target.copy_((piece.to(dtype) * item.decay).add_(total))
+        else:
+            first = constants((start + at) // BLOCK, torch.int32, device)
+            shrink = constants(item.decay - 1.0, dtype, device)
+            settle(target, target if out is base else piece, total, drawn.rounding, start + at, shrink, first)

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from torch import Tensor, nn
 
 from zo_lightning.engine.estimators import Displacement
-from zo_lightning.engine.noise import Item, Noise, sweep
+from zo_lightning.engine.noise import Change, Item, Noise, sweep
 from zo_lightning.engine.parameters import Trained
 from zo_lightning.engine.signals import held
 
@@ -45,16 +45,31 @@ class Residency(ABC):
         """Around one forward pass that is thrown away, in which the residency learns how the model reads its weights."""
         return self.session()
 
-    def update(self, seeds: Sequence[int], steps: Sequence[tuple[float, tuple[float, ...]]]) -> None:
+    def update(self, change: Change) -> None:
         """theta <- decay theta + sum_j c_j z(s_j), with (decay, c) of each group; not interrupted by signals."""
         items = []
         for parameter in self.trained:
-            decay, coefficients = steps[parameter.group]
+            decay, coefficients = change.steps[parameter.group]
             if decay != 1.0 or any(coefficients):
                 weights = parameter.tensor.detach()
                 items.append(Item(weights, weights, parameter.key, decay, coefficients))
         with held():
-            sweep(items, seeds, self.noise)
+            sweep(items, change.seeds, self.noise, rounding=change.rounding)
+
+    def restore(self) -> None:  # noqa: B027
+        """Undo a perturbation that was left in place, where this residency leaves any."""
+
+    def take_passes(self) -> bytes:
+        """The moves of the base weights since the last time, where this residency makes any (inplace.py)."""
+        return b""
+
+    def reenact(self, passes: bytes, points: Sequence[Displacement], eps: Sequence[float]) -> None:  # noqa: B027
+        """Make the moves that `take_passes` told."""
+
+    @contextmanager
+    def fused(self) -> Iterator[None]:
+        """Around the evaluations of a whole step and its update: what follows the last evaluation may wait for the update."""
+        yield
 
 
 def displaced(

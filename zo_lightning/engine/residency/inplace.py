@@ -6,30 +6,37 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from zo_lightning.engine.estimators import Displacement
-from zo_lightning.engine.noise import Item, sweep
+from zo_lightning.engine.noise import Change, Item, sweep
 from zo_lightning.engine.residency.base import Residency
 from zo_lightning.engine.signals import held
+
+SESSION, ORIGIN = 254, 255
+"""Bytes of `take_passes`: the evaluations of a micro-batch begin; the weights are moved back. Others: moved to that point of the step."""
 
 
 class InPlace(Residency):
     """Each move is one pass over the weights. In floating point (w + eps z) - 2 eps z + eps z is w up to rounding, not exactly.
 
-    `defer_restore` leaves the last perturbation in place until `update`, which then restores and updates in one pass.
+    Inside `fused` the last perturbation stays in place until `update`, which then restores and updates in one pass. Moves round to nearest,
+    the update of 16-bit weights stochastically.
     """
 
     name = "inplace"
 
     def __init__(self, *args: object) -> None:
         super().__init__(*args)  # type: ignore[arg-type]
-        self.defer_restore = False
+        self._defer_restore = False
         self._here: dict[int, float] = {}
         self._eps: Sequence[float] = ()
+        self._passes = bytearray()
+        self._points: list[Displacement] = []
 
     @contextmanager
     def session(self) -> Iterator[None]:
+        self._passes.append(SESSION)
         try:
             yield
-            if not self.defer_restore:
+            if not self._defer_restore:
                 self.restore()
         except BaseException:
             self.restore()
@@ -37,21 +44,48 @@ class InPlace(Residency):
 
     @contextmanager
     def at(self, point: Displacement, eps: Sequence[float]) -> Iterator[None]:
+        if point not in self._points:
+            self._points.append(point)
+        self._passes.append(self._points.index(point))
         self._move(dict(point), eps)
         yield
 
     def restore(self) -> None:
         """Undo a perturbation that was left in place."""
+        if self._here:
+            self._passes.append(ORIGIN)
         self._move({}, self._eps)
 
-    def update(self, seeds: Sequence[int], steps: Sequence[tuple[float, tuple[float, ...]]]) -> None:
+    def take_passes(self) -> bytes:
+        """The moves since the last time: what they rounded, a replay must round again."""
+        passes, self._passes, self._points = bytes(self._passes), bytearray(), []
+        return passes
+
+    def reenact(self, passes: bytes, points: Sequence[Displacement], eps: Sequence[float]) -> None:
+        """Make the moves that `take_passes` told."""
+        for code in passes:
+            if code < len(points):
+                self._move(dict(points[code]), eps)
+            elif code == ORIGIN:
+                self._move({}, eps)
+
+    @contextmanager
+    def fused(self) -> Iterator[None]:
+        self._defer_restore = True
+        try:
+            yield
+        finally:
+            self._defer_restore = False
+            self.restore()
+
+    def update(self, change: Change) -> None:
         back = self._here
-        every = list(dict.fromkeys([*back, *seeds]))
+        every = list(dict.fromkeys([*back, *change.seeds]))
         items = []
         for p in self.trained:
-            decay, coefficients = steps[p.group]
+            decay, coefficients = change.steps[p.group]
             total = {seed: -decay * multiple * self._eps[p.group] for seed, multiple in back.items()}
-            for seed, c in zip(seeds, coefficients, strict=True):
+            for seed, c in zip(change.seeds, coefficients, strict=True):
                 total[seed] = total.get(seed, 0.0) + c
             weights = p.tensor.detach()
             item = Item(weights, weights, p.key, decay, tuple(total.get(seed, 0.0) for seed in every))
@@ -59,7 +93,7 @@ class InPlace(Residency):
                 items.append(item)
         with held():
             self._here = {}
-            sweep(items, every, self.noise)
+            sweep(items, every, self.noise, rounding=change.rounding)
 
     def _move(self, target: dict[int, float], eps: Sequence[float]) -> None:
         """One pass from the displacement in place to `target`. Not interrupted by signals; undone where it fails."""

@@ -103,7 +103,8 @@ class _OnScratch(Residency):
         try:
             with _disable_current_modes():
                 bases.extend([alias.data for alias in p.aliases] for p in todo)
-                sweep(displaced(todo, outs, point, eps, rows), [seed for seed, _ in point], self.noise)
+                rounding = point[0][0] if point else None  # the same for both sides: their difference then varies least
+                sweep(displaced(todo, outs, point, eps, rows), [seed for seed, _ in point], self.noise, rounding=rounding)
             for p, out in zip(todo, outs, strict=True):
                 self._away.add(id(p))
                 for alias in p.aliases:

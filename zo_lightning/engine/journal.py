@@ -1,0 +1,52 @@
+"""Who is told of every step before it is applied, and may know steps of an earlier process that was killed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from zo_lightning.engine.updates import GroupSettings
+
+if TYPE_CHECKING:
+    from zo_lightning.engine.optimizer import ZOOptimizer
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What was measured in one step, and with which settings: everything that the update was a function of."""
+
+    step: int
+    """`ZOOptimizer.steps` before it."""
+    values: tuple[float, ...]
+    """One for each point of the estimator, float64; where one is not finite the step was skipped."""
+    settings: tuple[GroupSettings, ...]
+    """One for each parameter group; lr is the effective one."""
+    skipped: bool
+    micro_batches: int
+    passes: bytes = b""
+    """weights="inplace" only, the moves that were made: SESSION, the index of a point, or ORIGIN (residency/inplace.py)."""
+    traces: bool = False
+    """The first evaluation left something behind (buffers, logged values): who catches up must evaluate it again."""
+    idle: int = 0
+    """Accumulation windows without any loss that came before, since the last step."""
+
+
+class Journal(ABC):
+    """Attached as `ZOOptimizer.journal`."""
+
+    @abstractmethod
+    def recall(self, step: int) -> StepRecord | None:
+        """The record of a step that an earlier process made: its values are taken instead of measured ones, and it is not written again."""
+
+    @abstractmethod
+    def look(self, optimizer: ZOOptimizer) -> None:
+        """Evaluations or an update begin: were the weights changed by anything but steps?"""
+
+    @abstractmethod
+    def append(self, record: StepRecord) -> None:
+        """The step is about to be applied. What is raised here leaves it unapplied, and the weights as they were."""
+
+    @abstractmethod
+    def remember(self, optimizer: ZOOptimizer) -> None:
+        """Evaluations or an update ended: the weights are as they should be."""

@@ -1,0 +1,103 @@
+"""Many updates one after another in few passes over the weights: every tensor stays in cache while all of them are applied to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from zo_lightning.engine.noise.base import Drawn, Noise
+from zo_lightning.engine.noise.compiling import available
+from zo_lightning.engine.noise.flat import Small, step_flat
+from zo_lightning.engine.noise.sweep import SMALL, Item, compiled, flat, keys_of, large, packs
+
+CHUNK = 1 << 21
+"""Elements of a large tensor that stay in cache together."""
+
+
+class Change(NamedTuple):
+    """One update: theta <- decay theta + sum_j c_j z(seeds[j]), with (decay, (c_1, ..., c_n)) of each parameter group.
+
+    `rounding` is the seed of the stochastic rounding of 16-bit weights; None rounds to nearest.
+    """
+
+    seeds: tuple[int, ...]
+    steps: tuple[tuple[float, tuple[float, ...]], ...]
+    rounding: int | None
+
+
+class Weights(Protocol):
+    """A tensor that changes, with its parameter's key and group: a `parameters.Trained`, or the like."""
+
+    @property
+    def tensor(self) -> Tensor: ...
+
+    @property
+    def key(self) -> int: ...
+
+    @property
+    def group(self) -> int: ...
+
+
+@torch.no_grad()
+def apply_changes(weights: Sequence[Weights], changes: Sequence[Change], noise: Noise) -> None:
+    """Apply the changes in their order; bit for bit what a `sweep` for each of them does."""
+    for device in {w.tensor.device for w in weights}:
+        here = [w for w in weights if w.tensor.device == device and w.tensor.numel()]
+        tensors = [w.tensor.detach() for w in here]
+        items = [Item(tensor, tensor, w.key, 1.0, ()) for w, tensor in zip(here, tensors, strict=True)]
+        keys = keys_of(items, [(change.seeds, change.rounding) for change in changes], device)
+        each = [[_item(item, *change.steps[w.group]) for w, item in zip(here, items, strict=True)] for change in changes]
+        table = [[(own[i], drawn[i]) for own, drawn in zip(each, keys, strict=True)] for i in range(len(here))]
+        fused = any(w.tensor.numel() > SMALL for w in here) and available(device.type)
+        small: dict[torch.dtype, list[tuple[Item, Drawn]]] = {}
+        index: dict[int, list[tuple[Item, Drawn]]] = {}
+        for item, steps in zip(items, table, strict=True):
+            if item.base.numel() <= SMALL:
+                small.setdefault(item.base.dtype, []).append((item, steps[0][1]))
+                index[id(item.base)] = steps
+            else:
+                _large(steps, noise)
+        for group in small.values():
+            for pack in packs(group):
+                _small([index[id(item.base)] for item, _ in pack], noise, fused)
+
+
+def _item(item: Item, decay: float, coefficients: tuple[float, ...]) -> Item:
+    return item._replace(decay=decay, coefficients=coefficients)
+
+
+def _nothing(item: Item) -> bool:
+    return item.decay == 1.0 and not any(item.coefficients)
+
+
+def _large(steps: Sequence[tuple[Item, Drawn]], noise: Noise) -> None:
+    first = steps[0][0]
+    if not (flat(first) and available(first.base.device.type)):
+        for item, drawn in steps:
+            if not _nothing(item):
+                large(item, drawn, noise)
+        return
+    whole = first.base.view(-1)
+    for at in range(0, whole.numel(), CHUNK):
+        piece = whole[at : at + CHUNK]
+        for item, drawn in steps:
+            if not _nothing(item):
+                compiled(item, piece, piece, at, drawn, noise)
+
+
+def _small(tensors: Sequence[Sequence[tuple[Item, Drawn]]], noise: Noise, fused: bool) -> None:
+    """Several small tensors, each with all its steps."""
+    outs = [steps[0][0].base for steps in tensors]
+    small = Small(outs)
+    values = small.gather()
+    for now in zip(*tensors, strict=True):
+        items = [item for item, _ in now]
+        if all(map(_nothing, items)):
+            continue
+        decay = small.spread([item.decay for item in items])
+        coefficients = [small.spread([item.coefficients[j] for item in items]) for j in range(len(items[0].coefficients))]
+        values = step_flat(small, values, decay, coefficients, [drawn for _, drawn in now], noise, fused).to(small.dtype)
+    small.scatter(values, outs)

@@ -1,0 +1,136 @@
+"""Stochastic rounding of 16-bit weights: theta moves to one of its two neighbours, to each as often as makes the mean exact."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from zo_lightning.engine.noise.base import Stretch, counters
+from zo_lightning.engine.noise.compiling import dispatch, kernel
+from zo_lightning.engine.noise.threefry import fused_threefry, threefry
+
+BLOCK = 64
+"""Elements whose dither comes from one hash."""
+_BITS = {torch.bfloat16: (8, 2.0**-100), torch.float16: (11, 2.0**-24)}
+"""Bits of the significand, and the least spacing that is told apart: that of float16's subnormals."""
+_TO_INTEGER = 1.5 * 2.0**23
+"""x + 1.5 * 2**23 - x is x rounded to an integer, in float32 and for |x| < 2**22."""
+
+
+def rounds(dtype: torch.dtype) -> bool:
+    """Whether weights of this dtype are rounded stochastically."""
+    return dtype in _BITS
+
+
+def _pairs(x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
+    """The two words of a hash as multiples of 2**-24 in [0, 1), and as odd multiples of 2**-25 in (0, 1)."""
+    return ((x0 >> 8) & 0xFFFFFF).float() * 2.0**-24, ((x1 >> 8) & 0xFFFFFF).float() * 2.0**-24 + 2.0**-25
+
+
+def _lane(a: Tensor, b: Tensor, lane: Tensor) -> Tensor:
+    """frac(a lane + b) in [-1/2, 1/2]: uniform, and independent for any two lanes of a block because a and b are."""
+    x = a * lane
+    x = (x - x.floor()) + b
+    return x - x.round()
+
+
+def spacing(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The distance between neighbours of `dtype` in the binade of the float32 `x`."""
+    bits, least = _BITS[dtype]
+    if x.device.type == "cpu":
+        # unit in the first place by Rump, Ogita and Oishi 2008 (Accurate floating-point summation I): the CPU compiler keeps every rounding
+        # and does not vectorize bit casts
+        q = x * (2.0**23 + 1)
+        first = (q - q * (1 - 2.0**-24)).abs()
+    else:
+        first = (x.view(torch.int32) & 0x7F800000).view(torch.float32)
+    return (first * 2.0 ** (1 - bits)).clamp_min(least)
+
+
+def stochastic(base: Tensor, change: Tensor, dither: Tensor, dtype: torch.dtype) -> Tensor:
+    """base + change rounded to `dtype` by adding `dither` units in the last place, in float32 that `dtype` holds exactly.
+
+    E = base + change over dither uniform in [-1/2, 1/2], also where the change is a millionth of a unit: it meets the dither before the
+    weight. A change of zero leaves weights of `dtype` as they are.
+    """
+    unit = spacing(base + change, dtype)
+    magic = unit * _TO_INTEGER
+    near = (base + magic) - magic
+    rest = (base - near) + change + dither * unit
+    return near + ((rest + magic) - magic)
+
+
+def dither(keys: Tensor, stretches: Sequence[Stretch], fused: bool = False) -> Tensor:
+    """float32 in [-1/2, 1/2] for every element of the stretches, concatenated; `keys` as for `Noise.values`."""
+    blocks = [(row, first // BLOCK, (first + length - 1) // BLOCK - first // BLOCK + 1) for row, first, length in stretches]
+    a, b = _pairs(*(fused_threefry if fused else threefry)(*counters(keys, blocks)))
+    every = _lane(a[:, None], b[:, None], _lanes(keys.device)).view(-1)
+    pieces, at = [], 0
+    for (_, first, length), (_, _, count) in zip(stretches, blocks, strict=True):
+        pieces.append(every[at + first % BLOCK : at + first % BLOCK + length])
+        at += count * BLOCK
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _lanes(device: torch.device) -> Tensor:
+    return torch.arange(BLOCK, dtype=torch.int32, device=device).float()
+
+
+def dither_at(index: Tensor, key: Tensor) -> Tensor:
+    """The dither of the elements `index` (int64, any shape) of one stream."""
+    found: Tensor = dispatch(_dither_at, index.device)(index, key)
+    return found
+
+
+@kernel
+def _dither_at(index: Tensor, key: Tensor) -> Tensor:
+    a, b = _pairs(*threefry((index >> 6).int(), key[2], key[0], key[1]))
+    return _lane(a, b, (index & (BLOCK - 1)).float())
+
+
+def pairs_into(pairs: Tensor, first: Tensor, key: Tensor) -> None:
+    """pairs[:, i] = the two numbers of block first + i, for float32 pairs (2, n)."""
+    c0 = torch.arange(pairs.shape[1], dtype=torch.int32, device=key.device) + first
+    a, b = _pairs(*threefry(c0, key[2], key[0], key[1]))
+    pairs[0].copy_(a)
+    pairs[1].copy_(b)
+
+
+def spread(pairs: Tensor) -> Tensor:
+    """(n, 2, 32): the dither of n blocks from their pairs."""
+    return _lane(pairs[0][:, None, None], pairs[1][:, None, None], _lanes(pairs.device).view(2, 32))
+
+
+@kernel
+def _settle_blocks(out: Tensor, base: Tensor, total: Tensor, pairs: Tensor, first: Tensor, key: Tensor, shrink: Tensor) -> None:
+    pairs_into(pairs, first, key)
+    wide = base.float()
+    out.copy_(stochastic(wide, wide * shrink + total, spread(pairs), out.dtype))
+
+
+@kernel
+def _settle_blocks_(weights: Tensor, total: Tensor, pairs: Tensor, first: Tensor, key: Tensor, shrink: Tensor) -> None:
+    pairs_into(pairs, first, key)
+    wide = weights.float()
+    weights.copy_(stochastic(wide, wide * shrink + total, spread(pairs), weights.dtype))
+
+
+def settle(out: Tensor, base: Tensor, total: Tensor, key: Tensor, start: int, shrink: Tensor, first: Tensor) -> None:
+    """out <- decay * base + total, rounded stochastically, in one compiled pass: `shrink` is decay - 1, `first` is start / 64.
+
+    One-dimensional contiguous tensors; `start`, the index of the first element in its stream, is a multiple of 64.
+    """
+    whole = base.numel() // BLOCK * BLOCK
+    if whole:
+        pairs = torch.empty(2, whole // BLOCK, device=base.device)
+        target, given = out[:whole].view(-1, 2, 32), total[:whole].view(-1, 2, 32)
+        if out is base:
+            _settle_blocks_(target, given, pairs, first, key, shrink)
+        else:
+            _settle_blocks(target, base[:whole].view(-1, 2, 32), given, pairs, first, key, shrink)
+    if whole < base.numel():
+        drawn = dither(key[None], [Stretch(0, start + whole, base.numel() - whole)])
+        wide = base[whole:].float()
+        out[whole:] = stochastic(wide, wide * shrink + total[whole:], drawn, base.dtype)

@@ -1,0 +1,50 @@
+"""Catching up with a run that was killed: its steps are made from their records, with at most one evaluation instead of all."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from zo_lightning.engine.evaluation import Evaluator, Task
+from zo_lightning.engine.journal import StepRecord
+from zo_lightning.engine.messages import say_once
+from zo_lightning.engine.report import Estimate
+from zo_lightning.engine.residency import Copy, InPlace
+from zo_lightning.engine.updates import GroupSettings
+from zo_lightning.engine.window import Window
+
+
+def estimate(record: StepRecord, evaluator: Evaluator, task: Task, window: Window, weight: float) -> Estimate:
+    """What `ZOOptimizer.estimate` returns for a micro-batch of a recorded step: its share of the recorded loss.
+
+    Where the evaluations of that step left traces (buffers, logged values), the first one is made again, for its traces.
+    """
+    before = evaluator.count
+    loss = torch.tensor(math.fsum(record.values) / len(record.values) / record.micro_batches, dtype=torch.float64)
+    output = (loss / weight).float() if weight else loss.float()
+    window.micro_batches += 1
+    if record.traces:
+        residency = task.residency
+        if isinstance(residency, InPlace):  # its moves are made again by the update, and are not to be made twice
+            residency = Copy(residency.module, residency.trained, residency.noise)
+        output, losses = evaluator.evaluate(task._replace(residency=residency, points=window.points[:1], eps=eps_of(record)))
+        if not losses:
+            return Estimate(None, None)
+    evaluator.count = before + len(window.points)
+    return Estimate(output, loss)
+
+
+def eps_of(record: StepRecord) -> list[float]:
+    """The perturbation scale of each group."""
+    return [group.eps for group in record.settings]
+
+
+def compare(record: StepRecord, now: list[GroupSettings]) -> None:
+    """Say once where the settings of this run are not those of the recorded step, which are used."""
+    if tuple(now) != record.settings:
+        say_once(
+            "recall.settings",
+            f"Step {record.step} was made by an earlier process with {list(record.settings)}, and this run has {now}. The step is "
+            "made as it was; what this run has holds from the first new step on.",
+        )

@@ -1,0 +1,65 @@
+"""What of an optimizer travels in checkpoints and copies: counters, safeguard, an unfinished window; plain types alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from zo_lightning.engine.advice import NOT_SAVED_HERE
+from zo_lightning.engine.options import check_group
+
+if TYPE_CHECKING:
+    from zo_lightning.engine.optimizer import ZOOptimizer
+
+VERSION = 1
+_COUNTERS = ("seed", "steps", "skipped_steps", "zero_difference_steps")
+
+COPIED = (
+    *("module", "noise", "estimator", "weights", "seed", "rule", "safeguard", "max_nonfinite", "exchange", "report"),
+    *("steps", "skipped_steps", "zero_difference_steps", "_nonfinite_run", "_zero_run", "_window"),
+)
+"""Attributes that a copy of an optimizer has, beside torch's own."""
+
+
+def saved(optimizer: ZOOptimizer) -> dict[str, Any]:
+    """The entry "zo" of `ZOOptimizer.state_dict()`."""
+    window, safeguard = optimizer._window, optimizer.safeguard
+    return {
+        "version": VERSION,
+        **{name: getattr(optimizer, name) for name in _COUNTERS},
+        "forward_passes": optimizer.forward_passes,
+        "nonfinite_run": optimizer._nonfinite_run,
+        "zero_run": optimizer._zero_run,
+        "safeguard": None if safeguard is None else safeguard.state_dict(),
+        "noise": optimizer.noise.name,
+        "idle": optimizer._idle,
+        "window": None if window is None else window.state_dict(),
+    }
+
+
+def check(optimizer: ZOOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The entry "zo" of a state; ValueError, with nothing changed, where it is not one for this optimizer."""
+    zo: dict[str, Any] | None = state_dict.get("zo")
+    if zo is None:
+        raise ValueError(NOT_SAVED_HERE)
+    if zo.get("version") != VERSION or zo.keys() != saved(optimizer).keys():
+        raise ValueError(f"The state has version {zo.get('version')} or is incomplete; this release reads version {VERSION}.")
+    if zo["noise"] != optimizer.noise.name:
+        raise ValueError(f"noise={optimizer.noise.name!r}, but the state was saved with noise={zo['noise']!r}. Resume with the same noise.")
+    for group in state_dict["param_groups"]:
+        check_group(group)
+    if zo["window"] is not None:
+        optimizer._new_window().load_state_dict(zo["window"])
+    return zo
+
+
+def load(optimizer: ZOOptimizer, zo: dict[str, Any]) -> None:
+    """Take over what `check` returned."""
+    for name in _COUNTERS:
+        setattr(optimizer, name, zo[name])
+    optimizer._nonfinite_run, optimizer._zero_run = zo["nonfinite_run"], zo["zero_run"]
+    optimizer._evaluator.count, optimizer._idle = zo["forward_passes"], zo["idle"]
+    if optimizer.safeguard is not None and zo["safeguard"] is not None:
+        optimizer.safeguard.load_state_dict(zo["safeguard"])
+    optimizer._window = None if zo["window"] is None else optimizer._new_window()
+    if optimizer._window is not None:
+        optimizer._window.load_state_dict(zo["window"])
