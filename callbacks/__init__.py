@@ -2,5 +2,6 @@
 
 from zo_lightning.callbacks.base import Run, ZOCallback, zo_callbacks
 from zo_lightning.callbacks.monitor import ZOMonitor
+from zo_lightning.callbacks.trajectory_log import TrajectoryLog
 
-__all__ = ["Run", "ZOCallback", "ZOMonitor", "zo_callbacks"]
+__all__ = ["Run", "TrajectoryLog", "ZOCallback", "ZOMonitor", "zo_callbacks"]

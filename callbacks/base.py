@@ -23,6 +23,8 @@ class Run:
     """"lightning" or "hf"."""
     folder: str | None
     """Where the host writes its checkpoints and logs, if anywhere."""
+    root: str
+    """A folder that is the same for every process of this run: output_dir, default_root_dir."""
     is_rank_zero: bool
     step: Callable[[], int]
     """The host's global step."""
@@ -46,8 +48,21 @@ class ZOCallback:
     def on_zo_step(self, run: Run, report: StepReport) -> None:
         """An update was applied (or skipped, see the report)."""
 
+    def on_checkpoint_start(self, run: Run) -> None:
+        """The host is about to write a checkpoint."""
+
+    def on_checkpoint_end(self, run: Run, path: str) -> None:
+        """The host has written a complete checkpoint, which training can be resumed from."""
+
+    def on_run_complete(self, run: Run) -> None:
+        """Training ended by itself; `on_run_end` follows."""
+
     def on_run_end(self, run: Run) -> None:
         """Training ended, also by an exception."""
+
+    def checkpoints(self, root: str) -> list[str]:
+        """Checkpoints to resume from where the user names none, the best first; the host takes the first that is complete."""
+        return []
 
     def metrics(self) -> dict[str, float]:
         """What to log now, by chart name; the host asks whenever it logs."""

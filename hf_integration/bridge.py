@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
@@ -60,6 +62,7 @@ class ZOBridge(TrainerCallback):
             module=trainer.model,
             host="hf",
             folder=args.output_dir,
+            root=args.output_dir,
             is_rank_zero=trainer.is_world_process_zero(),
             step=lambda: int(trainer.state.global_step),
         )
@@ -72,6 +75,26 @@ class ZOBridge(TrainerCallback):
         if self._run is not None and report is not None:
             for listener in self._listeners:
                 listener.on_zo_step(self._run, report)
+
+    @contextmanager
+    def checkpoint(self, path: str) -> Iterator[None]:
+        """Around the writing of a checkpoint folder."""
+        run = self._run
+        for listener in self._listeners if run is not None else ():
+            listener.on_checkpoint_start(run)
+        yield
+        for listener in self._listeners if run is not None else ():
+            listener.on_checkpoint_end(run, path)
+
+    def checkpoints(self) -> list[str]:
+        """Folders to resume from that the callbacks know."""
+        return [path for listener in _listeners(self._trainer) for path in listener.checkpoints(str(self._trainer.args.output_dir))]
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Training ended by itself."""
+        if self._run is not None:
+            for listener in self._listeners:
+                listener.on_run_complete(self._run)
 
     def metrics(self) -> dict[str, float]:
         """What to add to the host's training log: Python floats, or TensorBoard drops them."""

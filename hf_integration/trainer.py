@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from accelerate.utils import DynamoBackend
 from transformers import TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from zo_lightning.callbacks.base import zo_callbacks
 from zo_lightning.engine import ZOOptimizer
@@ -19,7 +22,7 @@ from zo_lightning.engine.options import EngineOptions
 from zo_lightning.engine.parallel import DataParallel, broadcast_parameters
 from zo_lightning.hf_integration import knobs
 from zo_lightning.hf_integration.bridge import ZOBridge
-from zo_lightning.hf_integration.checkpoints import newest_complete
+from zo_lightning.hf_integration.checkpoints import is_complete, newest_complete
 from zo_lightning.hf_integration.config import ZOArguments
 from zo_lightning.hf_integration.loss_scale import ignores_items, may_ignore_items
 from zo_lightning.hf_integration.options import engine_options, read_fields, take_options
@@ -209,10 +212,19 @@ class ZOTrainerMixin(_Host):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_complete(str(self.args.output_dir)) or True
+        elif not resume_from_checkpoint:
+            known = (path for path in self._zo_bridge.checkpoints() if is_complete(Path(path)))
+            resume_from_checkpoint = next(known, resume_from_checkpoint)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._zo_bridge.close()
+
+    def _save_checkpoint(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
+        """The host's checkpoint; the callbacks are told before and after."""
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with self._zo_bridge.checkpoint(str(folder)) if self._zo else nullcontext():
+            super()._save_checkpoint(model, trial, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The host's log without ``grad_norm`` (no gradient exists; it would be 0.0) and with the ``zo/`` values."""

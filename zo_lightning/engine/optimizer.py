@@ -236,10 +236,11 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     def _record(self, plan: StepRecord | None, record: StepRecord, window: Window) -> None:
         """Tell the journal, before anything is changed; a step that it knows brings the moves that rounded the weights."""
+        if self.journal is not None:
+            self.journal.look(self)
         if plan is not None:
             self.residency.reenact(plan.passes, window.points, recall.eps_of(plan))
         elif self.journal is not None:
-            self.journal.look(self)
             passes = self.residency.take_passes()
             self.journal.append(replace(record, passes=passes, traces=window.traces, idle=self._idle))
 
@@ -275,10 +276,14 @@ class ZOOptimizer(torch.optim.Optimizer):
     def _lr(self, group: dict[str, Any]) -> float:
         return float(group["lr"]) * (self.safeguard.scale if self.safeguard else 1.0)
 
+    def settings(self) -> list[GroupSettings]:
+        """Learning rate, scale and decay of each group, as the next step would use them."""
+        return self._settings(self._window or self._new_window(), None)
+
     def _settings(self, window: Window, plan: StepRecord | None) -> list[GroupSettings]:
-        """Learning rate, scale and decay of each group in this step."""
-        eps = self._eps_of(window)
-        own = [GroupSettings(self._lr(g), e, float(g["weight_decay"])) for g, e in zip(self.param_groups, eps, strict=True)]
+        own = [
+            GroupSettings(self._lr(g), e, float(g["weight_decay"])) for g, e in zip(self.param_groups, self._eps_of(window), strict=True)
+        ]
         if plan is None:
             return own
         recall.compare(plan, own)

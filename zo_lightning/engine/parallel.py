@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -16,6 +18,10 @@ class Exchange:
     def mean(self, values: Tensor) -> Tensor:
         """The mean over ranks of a one-dimensional float64 tensor."""
         return values
+
+    def share(self, value: Any) -> Any:
+        """What rank 0 has, on every rank."""
+        return value
 
 
 class DataParallel(Exchange):
@@ -36,6 +42,11 @@ class DataParallel(Exchange):
         gathered = [torch.empty_like(mine) for _ in range(self.world_size)]
         dist.all_gather(gathered, mine, group=self.group)
         return torch.stack(gathered).sum(0) / self.world_size
+
+    def share(self, value: Any) -> Any:
+        values = [value]
+        dist.broadcast_object_list(values, 0, group=self.group, device=self.device)
+        return values[0]
 
 
 def broadcast_parameters(tensors: list[Tensor], group: dist.ProcessGroup | None = None) -> None:

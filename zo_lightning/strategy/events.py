@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from zo_lightning.callbacks.base import Run, ZOCallback, zo_callbacks
@@ -21,6 +23,7 @@ class Events:
             module=trainer.lightning_module,
             host="lightning",
             folder=trainer.log_dir or trainer.default_root_dir,
+            root=trainer.default_root_dir,
             is_rank_zero=trainer.is_global_zero,
             step=lambda: int(trainer.global_step),
         )
@@ -41,6 +44,20 @@ class Events:
             values.update(listener.metrics())
         if values:
             self._trainer._logger_connector.log_metrics(values)
+
+    @contextmanager
+    def checkpoint(self, path: str) -> Iterator[None]:
+        """Around the writing of a checkpoint that training can be resumed from."""
+        for listener in self._listeners:
+            listener.on_checkpoint_start(self._run)
+        yield
+        for listener in self._listeners:
+            listener.on_checkpoint_end(self._run, path)
+
+    def complete(self) -> None:
+        """Training ended by itself."""
+        for listener in self._listeners:
+            listener.on_run_complete(self._run)
 
     def close(self) -> None:
         """The run is over; only the first call counts."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from zo_lightning.strategy.host_optimizer import HostOptimizer
 from zo_lightning.strategy.knobs import check_run, disable_checkpointing, say_idle
 from zo_lightning.strategy.namespace import Bindable
 from zo_lightning.strategy.quiet import quiet, rerun
+from zo_lightning.strategy.resume import resume_by_itself
 
 STATE = "zo_lightning"
 """Our key in a Lightning checkpoint."""
@@ -42,6 +43,13 @@ class ForwardOnly(Bindable):
     def zo_optimizer(self) -> ZOOptimizer | None:
         """The engine; None before the first fit."""
         return None if self._zo_host is None else self._zo_host.engine
+
+    def setup_environment(self) -> None:
+        """Lightning is about to load a checkpoint; where the user named none, a callback may know one of a run that was killed."""
+        super().setup_environment()
+        trainer = self._zo_trainer
+        if trainer.state.fn == "fit":
+            resume_by_itself(trainer, self.broadcast)
 
     def setup(self, trainer: Any) -> None:
         """Check what can't work, then let Lightning set up, and build the engine on the user's optimizer."""
@@ -124,6 +132,8 @@ class ForwardOnly(Bindable):
         closure = state.closure(lambda: evaluate(*args, **kwargs))
         weight = 1.0 / trainer.accumulate_grad_batches
         estimate = self._zo_host.engine.estimate(closure, weight=weight, muted=muted, loss_of=ns.loss_of)
+        if trainer._results or not isinstance(estimate.output, torch.Tensor):
+            self._zo_host.engine.leaves_traces()
         return estimate.output
 
     def backward(self, closure_loss: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -155,6 +165,8 @@ class ForwardOnly(Bindable):
         if engine.steps == 0 and trainer.global_step > 0:
             engine.steps = trainer.global_step  # weights of another run: the seeds of its first steps are used up
         self._zo_data.attach()
+        if self._zo_host is not None:
+            self._zo_host.sync()
         self._zo_events = Events(trainer, engine)
 
     def on_train_end(self) -> None:
@@ -162,6 +174,7 @@ class ForwardOnly(Bindable):
         super().on_train_end()
         if self._zo_events is not None:
             self._zo_events.log()
+            self._zo_events.complete()
         self._zo_close()
 
     def on_exception(self, exception: BaseException) -> None:
@@ -193,9 +206,13 @@ class ForwardOnly(Bindable):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Add the engine's state and the order of the data, unless only weights are saved."""
+        events: AbstractContextManager[None] = nullcontext()
         if self._zo_host is not None and self._zo_data is not None and "optimizer_states" in checkpoint:
             checkpoint[STATE] = {"engine": self._zo_host.engine.state_dict(), "data": self._zo_gather(self._zo_data.state())}
-        super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+            if self._zo_events is not None:
+                events = self._zo_events.checkpoint(str(filepath))
+        with events:
+            super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         """The user's optimizer gets its groups back; moments of first-order steps would only take memory."""

@@ -1,0 +1,111 @@
+"""Steps made again from their records: bit for bit what training did, without a forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from zo_lightning.engine.estimators import ESTIMATORS, Displacement, Estimator
+from zo_lightning.engine.messages import check_number, say_once
+from zo_lightning.engine.noise import Change, Noise, apply_changes
+from zo_lightning.engine.noise.compiling import available
+from zo_lightning.engine.parameters import Trained
+from zo_lightning.engine.seeds import query_seed, rounding_seed
+from zo_lightning.engine.signals import held
+from zo_lightning.engine.trajectory.records import BACK, SESSION, Options, Segment, StepRecord
+from zo_lightning.engine.updates import SGD, UpdateRule
+
+if TYPE_CHECKING:  # which may import the marks of its passes
+    from zo_lightning.engine.residency import InPlace
+
+RULES: dict[str, object] = {"sgd": SGD}
+BATCH = 256
+"""Updates that are applied in one go."""
+
+
+class Stepper:
+    """Applies the records of one segment to its tensors."""
+
+    def __init__(self, segment: Segment, trained: Sequence[Trained], noise: Noise) -> None:
+        self._segment, self._trained, self._noise = segment, trained, noise
+        self._estimator: Estimator = build("estimator", ESTIMATORS, segment.estimator)
+        self._rule: UpdateRule = build("update rule", RULES, segment.rule)
+        if isinstance(self._rule, SGD) and self._rule.clip is not None:
+            check_number("clip of the step log", self._rule.clip, "> 0, or None", lambda x: x > 0)
+        say_if_not_exact(segment, trained)
+
+    def apply(self, records: Sequence[StepRecord]) -> None:
+        """Make these steps, in batches that signals do not interrupt."""
+        with torch.inference_mode(False), torch.no_grad():
+            for begin in range(0, len(records), BATCH):
+                batch = records[begin : begin + BATCH]
+                with held():
+                    if self._segment.residency == "inplace":
+                        self._in_place(batch)
+                    else:
+                        apply_changes(self._trained, [self._change(r) for r in batch if not r.skipped], self._noise)
+
+    def _points(self, record: StepRecord) -> list[Displacement]:
+        points = self._estimator.points(lambda query: query_seed(self._segment.seed, record.step, query))
+        if len(points) != len(record.values):
+            raise ValueError(
+                f"Step {record.step} of the step log has {len(record.values)} values; its estimator evaluates {len(points)} points."
+            )
+        return points
+
+    def _change(self, record: StepRecord) -> Change:
+        terms = self._estimator.terms(self._points(record), record.values)
+        steps = tuple(self._rule.step(terms, group) for group in record.settings)
+        rounding = rounding_seed(self._segment.seed, record.step) if self._segment.rounding == "stochastic" else None
+        return Change(tuple(term.seed for term in terms), steps, rounding)
+
+    def _in_place(self, records: Sequence[StepRecord]) -> None:
+        from zo_lightning.engine.residency import InPlace
+
+        residency = InPlace(None, self._trained, self._noise)
+        for record in records:
+            reenact(residency, record.passes, self._points(record), [group.eps for group in record.settings])
+            if not record.skipped:
+                change = self._change(record)
+                residency.update(change)
+
+
+def reenact(residency: InPlace, passes: bytes, points: Sequence[Displacement], eps: Sequence[float]) -> None:
+    """Make the moves of one step again, with their roundings; what is left in place is taken back by the update."""
+    for move in passes:
+        if move == BACK:
+            residency.restore()
+        elif move != SESSION:
+            residency._move(dict(points[move]), eps)
+
+
+def build(what: str, table: Mapping[str, object], part: Options) -> Any:
+    """An estimator or a rule from its name and options. ValueError where this release does not know them."""
+    name, options = part["name"], part["options"]
+    if name not in table:
+        raise ValueError(f"The step log was made with the {what} {name!r}. This release knows {', '.join(map(repr, table))}.")
+    kind: Callable[..., Any] = table[name]  # type: ignore[assignment]
+    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(f"The step log gives the {what} {name!r} the option {unknown[0]!r}, which this release does not know ({known}).")
+    return kind(**options)
+
+
+def say_if_not_exact(segment: Segment, trained: Sequence[Trained]) -> None:
+    """Gaussian noise takes logarithms and sines, whose last bits differ between kernels."""
+    if segment.noise == "rademacher":
+        return
+    device = trained[0].tensor.device.type
+    here = {"compiled kernels": available(device), "device": device, "torch": torch.__version__}
+    there = {"compiled kernels": segment.compiled, "device": segment.device.split(":")[0], "torch": segment.versions.get("torch")}
+    differing = [f"{name} {there[name]} in the log, {here[name]} here" for name in here if here[name] != there[name]]
+    if differing:
+        say_once(
+            "replay.bits",
+            f"{segment.noise} noise is the same here up to its last bits only ({'; '.join(differing)}), so replayed weights can differ "
+            "from the trained ones by rounding. Replay where the run was made for equal bits; Rademacher noise is equal everywhere.",
+        )

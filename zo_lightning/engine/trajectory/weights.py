@@ -1,0 +1,40 @@
+"""Base weights as safetensors files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from zo_lightning.engine.parameters import Trained
+from zo_lightning.engine.trajectory.atomic import explained, replacing
+from zo_lightning.engine.trajectory.frames import LogError
+
+
+def save_base(path: str | os.PathLike[str], trained: Sequence[Trained]) -> None:
+    """Write the trained weights under their canonical names, tied ones once. OSError where they can't be written."""
+    save_tensors(path, {p.name: p.tensor for p in trained})
+
+
+def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as one safetensors file, which is there as a whole or not at all."""
+    with replacing(path) as temporary:
+        try:
+            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary)
+        except SafetensorError as error:  # how it reports a full disk
+            raise explained(OSError(str(error)), f"{path} was not written", path) from error
+
+
+def load_base(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """The tensors of a safetensors file. LogError where it is damaged or something else, OSError where it can't be read."""
+    try:
+        with Path(path).open("rb"):
+            loaded = load_file(path, device=str(device))
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise LogError(f"{path} is not a safetensors file that can be read: {error}. Give the weights as safetensors.") from error
+    return {name: tensor.clone() for name, tensor in loaded.items()}  # what was loaded is a view of the file
