@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -133,6 +133,14 @@ class ZOOptimizer(torch.optim.Optimizer):
             self._signature = now
         return self._residency
 
+    def settled(self) -> AbstractContextManager[None]:
+        """For another thread that reads weights (an asynchronous checkpoint): inside it, it finds those before a step or after it.
+
+        It waits for a running evaluation or update, in the order of asking, and holds up the next one. A closure must not wait for a thread
+        that wants it.
+        """
+        return self.residency.settled()
+
     def usual_lr(self) -> str:
         """The learning rates that usually work for what is trained here, in words."""
         return usual_lr(collect(self.param_groups, self._names))
@@ -202,11 +210,11 @@ class ZOOptimizer(torch.optim.Optimizer):
             tuple(self.rule.step(terms, group) for group in settings),
             rounding_seed(self.seed, self.steps),
         )
+        if not finite:
+            self.residency.restore()
         self._record(plan, StepRecord(self.steps, tuple(values), tuple(settings), not finite, max(1, window.micro_batches)), window)
         if finite:
             self.residency.update(change)
-        else:
-            self.residency.restore()
         self.residency.take_passes()
         self._idle = 0
         if self.journal is not None:

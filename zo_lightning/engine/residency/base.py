@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from torch import Tensor, nn
 
@@ -53,8 +53,12 @@ class Residency(ABC):
             if decay != 1.0 or any(coefficients):
                 weights = parameter.tensor.detach()
                 items.append(Item(weights, weights, parameter.key, decay, coefficients))
-        with held():
+        with self.settled(), held():
             sweep(items, change.seeds, self.noise, rounding=change.rounding)
+
+    def settled(self) -> AbstractContextManager[None]:
+        """Inside it, on any thread, parameters are the base weights: it waits for evaluations and updates of another thread."""
+        return nullcontext()
 
     def restore(self) -> None:  # noqa: B027
         """Undo a perturbation that was left in place, where this residency leaves any."""

@@ -10,9 +10,10 @@ from zo_lightning.engine.messages import choose, say_once
 from zo_lightning.engine.noise import Noise
 from zo_lightning.engine.parameters import Trained, total_bytes
 from zo_lightning.engine.residency.base import Residency
+from zo_lightning.engine.residency.exact import Exact
 from zo_lightning.engine.residency.inplace import InPlace
-from zo_lightning.engine.residency.scratch import Copy, Exact
-from zo_lightning.engine.residency.units import repeated_blocks
+from zo_lightning.engine.residency.scratch import Copy
+from zo_lightning.engine.residency.units import Unit, compiled_part, is_compiled, repeated_blocks
 
 SMALL_BYTES = 16 << 20
 """Trainable sets up to this size are copied whole."""
@@ -23,7 +24,7 @@ WEIGHTS: dict[str, object] = {"auto": None, "exact": Exact, "copy": Copy, "inpla
 def build_residency(weights: str, module: nn.Module | None, trained: Sequence[Trained], noise: Noise) -> Residency:
     """The residency called `weights`; "auto" takes copy where little is trained, exact where there are blocks, else in place.
 
-    Raises ValueError for an unknown name, for "exact" without a module, and for "exact" on a compiled model.
+    Raises ValueError for an unknown name, and for "exact" without a module.
     """
     kind = choose("weights", weights, WEIGHTS)
     if kind is None:
@@ -31,13 +32,9 @@ def build_residency(weights: str, module: nn.Module | None, trained: Sequence[Tr
     if kind is Exact:
         if module is None:
             raise ValueError('weights="exact" needs the model: pass it as ZOOptimizer(model, ...) or module=model, or use weights="copy".')
-        compiled = compiled_part(module)
-        if compiled is not None:
-            raise ValueError(
-                f'weights="exact" works through hooks, which a compiled module ({compiled}) never runs. Use weights="inplace" or "copy" '
-                "with torch.compile, or do not compile."
-            )
-        return Exact(module, trained, noise)
+        exact = Exact(module, trained, noise)
+        _say_what_compiled_modules_cost(module, exact.units)
+        return exact
     return kind(module, trained, noise)  # type: ignore[operator,no-any-return]
 
 
@@ -58,9 +55,13 @@ def _auto(module: nn.Module | None, trained: Sequence[Trained], noise: Noise) ->
     return InPlace(module, trained, noise)
 
 
-def compiled_part(module: nn.Module) -> str | None:
-    """The name of a submodule under torch.compile, if there is one."""
-    for name, child in module.named_modules():
-        if type(child).__name__ == "OptimizedModule" or getattr(child, "_compiled_call_impl", None) is not None:
-            return f"{name or type(child).__name__!r}"
-    return None
+def _say_what_compiled_modules_cost(root: nn.Module, units: Sequence[Unit]) -> None:
+    for unit in units:
+        part = unit.module
+        if part is not None and is_compiled(part) and (part is root or repeated_blocks(part)):
+            megabytes = total_bytes(p.tensor for p in unit.parameters) / 1e6
+            say_once(
+                "exact.compiled",
+                f'weights="exact" writes {megabytes:.1f} MB to scratch at once, all that is trained in a compiled module, for hooks '
+                "inside it never run. Compile the blocks one by one (block.compile()) to need the memory of one block.",
+            )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from zo_lightning.engine.estimators import Displacement
 from zo_lightning.engine.noise import Change, Item, sweep
 from zo_lightning.engine.residency.base import Residency
+from zo_lightning.engine.residency.turns import Turns
 from zo_lightning.engine.signals import held
 
-SESSION, ORIGIN = 254, 255
+_LAST, SESSION, ORIGIN = 253, 254, 255
 """Bytes of `take_passes`: the evaluations of a micro-batch begin; the weights are moved back. Others: moved to that point of the step."""
 
 
@@ -28,25 +29,30 @@ class InPlace(Residency):
         self._defer_restore = False
         self._here: dict[int, float] = {}
         self._eps: Sequence[float] = ()
+        self._turns = Turns()
         self._passes = bytearray()
         self._points: list[Displacement] = []
 
     @contextmanager
     def session(self) -> Iterator[None]:
         self._passes.append(SESSION)
-        try:
-            yield
-            if not self._defer_restore:
+        with self._turns.turn():
+            try:
+                yield
+                if not self._defer_restore:
+                    self.restore()
+            except BaseException:
                 self.restore()
-        except BaseException:
-            self.restore()
-            raise
+                raise
+
+    def settled(self) -> AbstractContextManager[None]:
+        return self._turns.turn()
 
     @contextmanager
     def at(self, point: Displacement, eps: Sequence[float]) -> Iterator[None]:
         if point not in self._points:
             self._points.append(point)
-        self._passes.append(self._points.index(point))
+        self._passes.append(min(self._points.index(point), _LAST))
         self._move(dict(point), eps)
         yield
 
@@ -72,11 +78,12 @@ class InPlace(Residency):
     @contextmanager
     def fused(self) -> Iterator[None]:
         self._defer_restore = True
-        try:
-            yield
-        finally:
-            self._defer_restore = False
-            self.restore()
+        with self._turns.turn():
+            try:
+                yield
+            finally:
+                self._defer_restore = False
+                self.restore()
 
     def update(self, change: Change) -> None:
         back = self._here
@@ -91,7 +98,7 @@ class InPlace(Residency):
             item = Item(weights, weights, p.key, decay, tuple(total.get(seed, 0.0) for seed in every))
             if decay != 1.0 or any(item.coefficients):
                 items.append(item)
-        with held():
+        with self.settled(), held():
             self._here = {}
             sweep(items, every, self.noise, rounding=change.rounding)
 

@@ -6,10 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from zo_lightning.engine.parameters import Trained
 
@@ -22,6 +19,22 @@ class Unit:
     parameters: list[Trained]
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether calls of `module` run a compiled graph, by torch.compile(module) or by module.compile()."""
+    return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
+
+
+def compiled_part(module: nn.Module) -> str | None:
+    """The name of the first compiled module in `module`, if there is one."""
+    return next((f"{name or type(part).__name__!r}" for name, part in module.named_modules() if is_compiled(part)), None)
+
+
+def hookable(module: nn.Module) -> list[nn.Module]:
+    """The modules whose hooks run: all but those inside compiled ones."""
+    inside = {id(m) for part in module.modules() if is_compiled(part) for m in part.modules() if m is not part}
+    return [m for m in module.modules() if id(m) not in inside]
+
+
 def repeated_blocks(module: nn.Module) -> list[nn.Module]:
     """The items of the outermost containers that hold several non-leaf modules of one class: a transformer's layers."""
     blocks: list[nn.Module] = []
@@ -29,12 +42,14 @@ def repeated_blocks(module: nn.Module) -> list[nn.Module]:
     def visit(parent: nn.Module) -> None:
         children = list(parent.children())
         if isinstance(parent, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
-            kinds = [type(child) for child in children if any(True for _ in child.children()) and _owns(child)]
+            plain: list[Any] = [child._orig_mod if type(child).__name__ == "OptimizedModule" else child for child in children]
+            kinds = [type(child) for child in plain if any(True for _ in child.children()) and _owns(child)]
             if any(kinds.count(kind) > 1 for kind in kinds):
                 blocks.extend(child for child in children if _owns(child))
                 return
         for child in children:
-            visit(child)
+            if not is_compiled(child):
+                visit(child)
 
     visit(module)
     return list(dict.fromkeys(blocks))
@@ -45,28 +60,39 @@ def _owns(module: nn.Module) -> bool:
 
 
 def units_of(module: nn.Module, trained: Sequence[Trained], blocks: Sequence[nn.Module] = ()) -> list[Unit]:
-    """Blocks, and every module outside them that owns a trained weight directly; weights that no module owns count as the last unit."""
+    """Blocks and compiled modules, and every module outside them that owns a trained weight directly; last, weights that no module owns.
+
+    A compiled module is a unit as a whole, whatever blocks it holds, for hooks inside it do not run.
+    """
     lookup = {id(alias): p for p in trained for alias in p.aliases}
-    blocks = list(blocks) or repeated_blocks(module)
+    outside = hookable(module)
+    reachable = {id(m) for m in outside}
     units: list[Unit] = []
     inside: set[int] = set()
-    owned: set[int] = set()
-    for block in blocks:
-        inside.update(id(m) for m in block.modules())
-        units.append(Unit(block, _unique(lookup[id(w)] for w in block.parameters() if id(w) in lookup)))
-    for owner in module.modules():
+    blocks = [block for block in (blocks or repeated_blocks(module)) if id(block) in reachable]
+    for block in [*blocks, *(part for part in outside if is_compiled(part))]:
+        if id(block) not in inside:
+            inside.update(id(m) for m in block.modules())
+            units.append(Unit(block, _unique(lookup[id(w)] for w in block.parameters() if id(w) in lookup)))
+    for owner in outside:
         if id(owner) not in inside:
             units.append(Unit(owner, _unique(lookup[id(w)] for w in owner.parameters(recurse=False) if id(w) in lookup)))
-    for unit in units:
-        owned.update(id(p) for p in unit.parameters)
+    owned = {id(p) for unit in units for p in unit.parameters}
     units.append(Unit(None, [p for p in trained if id(p) not in owned]))
     return [unit for unit in units if unit.parameters]
+
+
+def together(units: Sequence[Unit]) -> list[list[Trained]]:
+    """For each unit the weights that are on scratch while it runs: its own and those of the units around it."""
+    inside = {unit: None if unit.module is None else set(unit.module.modules()) for unit in units}
+    around = {unit: [other for other, modules in inside.items() if modules is None or unit.module in modules] for unit in units}
+    return [_unique(p for other in others for p in other.parameters) for others in around.values()]
 
 
 def rows_read(unit: Unit, args: Any) -> Tensor | None:
     """The rows that a plain nn.Embedding is about to read and nobody else can, where they are few; None: write all of the unit."""
     module = unit.module
-    if type(module) is not nn.Embedding or module.max_norm is not None or len(unit.parameters) != 1:
+    if type(module) is not nn.Embedding or module.max_norm is not None or is_compiled(module) or len(unit.parameters) != 1:
         return None
     if len(module._forward_hooks) > 1 or len(module._forward_pre_hooks) > 1:  # one of each is ours
         return None
@@ -90,51 +116,3 @@ def cover(units: Sequence[Unit], missed: dict[Trained, nn.Module | None]) -> lis
         if parameter not in existing.parameters:
             existing.parameters = [*existing.parameters, parameter]
     return result
-
-
-class ReadWatch(TorchDispatchMode):
-    """Notes every operation that reads a base weight instead of its scratch copy, and the modules running at that moment."""
-
-    def __init__(self, root: nn.Module, trained: Sequence[Trained]) -> None:
-        super().__init__()
-        self.missed: dict[Trained, nn.Module | None] = {}
-        self._root = root
-        self._storages = {p.tensor.untyped_storage().data_ptr(): p for p in trained if p.tensor.numel()}
-        self._running: list[nn.Module] = []
-        self._hooks: list[Any] = []
-
-    def __enter__(self) -> ReadWatch:
-        self._hooks = [
-            register_module_forward_pre_hook(lambda module, args: self._running.append(module)),
-            register_module_forward_hook(lambda module, args, output: self._left(module), always_call=True),
-        ]
-        super().__enter__()
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        super().__exit__(*exc)
-        for hook in self._hooks:
-            hook.remove()
-
-    def _left(self, module: nn.Module) -> None:
-        while self._running and self._running.pop() is not module:
-            pass
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        for value in torch.utils._pytree.tree_leaves((args, kwargs)):
-            if isinstance(value, Tensor):
-                self._read(value)
-        return func(*args, **kwargs)
-
-    def _read(self, tensor: Tensor) -> None:
-        if tensor.layout != torch.strided or tensor.is_meta:
-            return
-        parameter = self._storages.get(tensor.untyped_storage().data_ptr())
-        if parameter is None:
-            return
-        ids = {id(alias) for alias in parameter.aliases}
-        owner = next((m for m in reversed(self._running) if any(id(w) in ids for w in m.parameters())), None)
-        if parameter in self.missed and self.missed[parameter] is not owner:
-            owner = None
-        self.missed[parameter] = owner

@@ -15,7 +15,7 @@ from zo_lightning.engine.noise.compiling import available
 from zo_lightning.engine.trajectory.changed import State, same, state_of
 from zo_lightning.engine.trajectory.fingerprint import dtype_name, frozen_fingerprint, trained_fingerprint
 from zo_lightning.engine.trajectory.log import Log, read_log
-from zo_lightning.engine.trajectory.records import Checkpoint, End, Mark, ParameterEntry, Record, Segment
+from zo_lightning.engine.trajectory.records import MAX_POINTS, Checkpoint, End, Mark, ParameterEntry, Record, Segment
 from zo_lightning.engine.trajectory.targets import match
 from zo_lightning.engine.trajectory.weights import load_base, save_base
 from zo_lightning.engine.trajectory.writer import Fsync, LogWriter
@@ -66,6 +66,12 @@ class Trajectory(Journal):
         continue; True raises ValueError there; False always begins a new one. OSError where the folder can't be written, LogError for a
         damaged log.
         """
+        points = len(optimizer.estimator.points(lambda query: query))
+        if optimizer.residency.name == "inplace" and points > MAX_POINTS:
+            raise ValueError(
+                f'A step log of weights="inplace" notes moves between at most {MAX_POINTS} points, and this estimator evaluates {points}. '
+                'Use fewer queries, or weights="exact" or "copy".'
+            )
         exchange = optimizer.exchange
         first = exchange.rank == 0
         log = self._continuable(optimizer, resume) if first else None

@@ -9,12 +9,14 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from zo_lightning.engine.journal import StepRecord
+from zo_lightning.engine.updates import GroupSettings
 
 BACK, SESSION = 255, 254
 """Bytes of `StepRecord.passes`: moved back to the origin; a micro-batch begins."""
 MAX_POINTS = 250
 """Points of an estimator that `passes` can tell apart."""
 LARGEST_VALUES, LARGEST_GROUPS, LARGEST_BATCHES, LARGEST_OPTION = (1 << 16) - 1, (1 << 16) - 1, (1 << 32) - 1, (1 << 15) - 1
+LARGEST_IDLE = (1 << 16) - 1
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 RESIDENCIES, ROUNDINGS = ("exact", "copy", "inplace"), ("stochastic", "nearest")
 
@@ -108,7 +110,7 @@ def _check_step(record: StepRecord) -> None:
     _require(1 <= len(record.settings) <= LARGEST_GROUPS, f"settings: there are {len(record.settings)}")
     _require(all(isinstance(value, float) for value in record.values), "values: not all of them are float")
     _integer(record.micro_batches, "micro_batches", 1, LARGEST_BATCHES)
-    _integer(record.idle, "idle", 0, LARGEST_BATCHES)
+    _integer(record.idle, "idle", 0, LARGEST_IDLE)
     _require(isinstance(record.skipped, bool) and isinstance(record.traces, bool), "skipped, traces: not True or False")
     _require(record.skipped or all(map(math.isfinite, record.values)), "values: one is not finite, and the step was not skipped")
     _require(isinstance(record.passes, bytes), "passes: not bytes")

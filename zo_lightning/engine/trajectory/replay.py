@@ -126,6 +126,8 @@ class _Follow:
     def run(self, start: Anchor, end: int) -> Verification:
         """From an anchor to step `end`."""
         stepper = self._enter(start.segment)
+        if isinstance(self._log.records[start.place], Segment):
+            self._say_if_frozen_differs(start.segment)
         step, waiting = start.step, list[StepRecord]()
         for record in self._log.records[start.place + 1 :]:
             if isinstance(record, StepRecord):
@@ -148,7 +150,10 @@ class _Follow:
 
     def _enter(self, segment: Segment) -> Stepper:
         self._trained = match(self._target, segment)
-        stepper = Stepper(segment, self._trained, noise_of(self._target, segment))
+        return Stepper(segment, self._trained, noise_of(self._target, segment))
+
+    def _say_if_frozen_differs(self, segment: Segment) -> None:
+        """Where a segment begins; later on, buffers have moved."""
         module = module_of(self._target)
         if segment.frozen and module is not None and frozen_fingerprint(module, self._trained) != segment.frozen:
             say_once(
@@ -156,7 +161,6 @@ class _Follow:
                 "What the step log does not train (frozen parameters, buffers) is not here what it was at the log's base: the replayed "
                 "weights are the same, the model around them is another. Load the same pretrained model; buffers come from a checkpoint.",
             )
-        return stepper
 
     def _compare(self, record: Segment | Mark | End, step: int) -> str | None:
         """Check the fingerprint; a segment whose weights came from elsewhere is entered through its base file."""

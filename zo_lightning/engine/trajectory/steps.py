@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -13,13 +13,11 @@ from zo_lightning.engine.messages import check_number, say_once
 from zo_lightning.engine.noise import Change, Noise, apply_changes
 from zo_lightning.engine.noise.compiling import available
 from zo_lightning.engine.parameters import Trained
+from zo_lightning.engine.residency import InPlace
 from zo_lightning.engine.seeds import query_seed, rounding_seed
 from zo_lightning.engine.signals import held
-from zo_lightning.engine.trajectory.records import BACK, SESSION, Options, Segment, StepRecord
+from zo_lightning.engine.trajectory.records import Options, Segment, StepRecord
 from zo_lightning.engine.updates import SGD, UpdateRule
-
-if TYPE_CHECKING:  # which may import the marks of its passes
-    from zo_lightning.engine.residency import InPlace
 
 RULES: dict[str, object] = {"sgd": SGD}
 BATCH = 256
@@ -63,23 +61,12 @@ class Stepper:
         return Change(tuple(term.seed for term in terms), steps, rounding)
 
     def _in_place(self, records: Sequence[StepRecord]) -> None:
-        from zo_lightning.engine.residency import InPlace
-
         residency = InPlace(None, self._trained, self._noise)
         for record in records:
-            reenact(residency, record.passes, self._points(record), [group.eps for group in record.settings])
+            residency.reenact(record.passes, self._points(record), [group.eps for group in record.settings])
             if not record.skipped:
                 change = self._change(record)
                 residency.update(change)
-
-
-def reenact(residency: InPlace, passes: bytes, points: Sequence[Displacement], eps: Sequence[float]) -> None:
-    """Make the moves of one step again, with their roundings; what is left in place is taken back by the update."""
-    for move in passes:
-        if move == BACK:
-            residency.restore()
-        elif move != SESSION:
-            residency._move(dict(points[move]), eps)
 
 
 def build(what: str, table: Mapping[str, object], part: Options) -> Any:

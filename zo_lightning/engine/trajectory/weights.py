@@ -34,7 +34,6 @@ def load_base(path: str | os.PathLike[str], device: str | torch.device = "cpu") 
     """The tensors of a safetensors file. LogError where it is damaged or something else, OSError where it can't be read."""
     try:
         with Path(path).open("rb"):
-            loaded = load_file(path, device=str(device))
+            return load_file(path, device=str(device))  # views of a private map: writing to them leaves the file alone
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise LogError(f"{path} is not a safetensors file that can be read: {error}. Give the weights as safetensors.") from error
-    return {name: tensor.clone() for name, tensor in loaded.items()}  # what was loaded is a view of the file

@@ -1,0 +1,178 @@
+"""weights="exact": block by block, weights are written to scratch when a forward begins and point back when it ends."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zo_lightning.engine.estimators import Displacement
+from zo_lightning.engine.messages import say_once
+from zo_lightning.engine.noise import Noise
+from zo_lightning.engine.parameters import Trained
+from zo_lightning.engine.residency.memory import Scratch
+from zo_lightning.engine.residency.paths import Paths, Tree
+from zo_lightning.engine.residency.scratch import OnScratch
+from zo_lightning.engine.residency.units import Unit, cover, hookable, rows_read, together, units_of
+from zo_lightning.engine.residency.watch import ReadWatch, uncompiled
+from zo_lightning.engine.signals import held
+
+KEEP_AFTER = 4
+"""A unit that is entered more often than that within one evaluation is kept on scratch of its own until it ends: generation, or layers that
+share one block. Losses over pairs (chosen and rejected, policy and reference) make 2 to 4 forwards, and keep to the memory of one unit."""
+
+
+class Exact(OnScratch):
+    """A unit is a block, or a smaller module outside of blocks, or a compiled module as a whole.
+
+    Before the first evaluation one forward pass is watched: a weight that is read while its unit is not running (another module uses it)
+    moves to the smallest module that owns it and runs around all its readers, or to the whole evaluation. When another path through the
+    model could have begun, a forward pass is watched again before the next evaluation (`Paths`).
+    """
+
+    name = "exact"
+
+    def __init__(self, module: nn.Module, trained: Sequence[Trained], noise: Noise, blocks: Sequence[nn.Module] = ()) -> None:
+        super().__init__(module, trained, noise)
+        self._root: nn.Module = module
+        self._blocks = list(blocks)
+        self._point: tuple[Displacement, Sequence[float]] | None = None
+        self._open: dict[nn.Module, list[ExitStack]] = {}
+        self._entries: Counter[Unit] = Counter()
+        self._kept: dict[Unit, dict[int, Tensor]] = {}
+        self._evaluation = ExitStack()
+        self._begin()
+
+    def _begin(self) -> None:
+        self.units = units_of(self._root, self.trained, self._blocks)
+        self._paths = Paths()
+        self._arrange()
+
+    def _arrange(self) -> None:
+        self._scratch = Scratch(together(self.units))
+        modules = {unit: unit.module for unit in self.units if unit.module is not None}
+        self._tree = Tree(self._root, list(modules.values()))
+        leave = torch.compiler.disable(self._leave)  # a compiled version that the optimizer was not given calls hooks between its graphs
+        self._hooks = [(module, torch.compiler.disable(self._enter(unit)), leave) for unit, module in modules.items()]
+
+    def needs_probe(self) -> bool:
+        if self._tree.changed():  # modules were replaced, or compiled
+            self._begin()
+        return self._paths.unknown(self._modes())
+
+    def _modes(self) -> tuple[bool, ...]:
+        return (self._root.training, *(unit.module.training for unit in self.units if unit.module is not None))
+
+    @contextmanager
+    def probe(self) -> Iterator[None]:
+        watch = ReadWatch(hookable(self._root), self.trained, lambda: self._settled)
+        before = self._modes()
+        with uncompiled(self.trained), self.session(), self._displaced((), [0.0] * len(self.trained)), watch:
+            yield
+        entered, old = set(self._entries), self.units
+        moved = watch.missed
+        if moved:
+            if self._paths.watched:
+                names = ", ".join(p.name for p in moved)
+                say_once("exact.moved", f'weights="exact": {names} began to be read by another module after the first step; {_LATE}')
+            self.units = cover(self.units, moved)
+            self._arrange()
+        self._paths.watch(entered | (set(self.units) - set(old)), set(self.units) - entered, {before, self._modes()})
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        with ExitStack() as attached:
+            attached.callback(self._close_all)
+            for module, enter, leave in self._hooks:
+                plain = module._compiled_call_impl
+                if plain is None:
+                    attached.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
+                    attached.callback(module.register_forward_hook(leave, always_call=True).remove)
+                else:
+                    attached.callback(setattr, module, "_compiled_call_impl", plain)
+                    module._compiled_call_impl = _around(module, plain, enter, leave)
+            yield
+
+    @contextmanager
+    def at(self, point: Displacement, eps: Sequence[float]) -> Iterator[None]:
+        with self._displaced(point, eps):
+            yield
+        hooked = {unit for unit in self.units if unit.module is not None}
+        self._paths.took(self._entries.keys(), hooked)
+
+    @contextmanager
+    def _displaced(self, point: Displacement, eps: Sequence[float]) -> Iterator[None]:
+        with self._turns.turn(), ExitStack() as whole:
+            self._point = (point, eps)
+            self.materialized = 0
+            self._entries.clear()
+            whole.callback(self._kept.clear)
+            for unit in self.units:
+                if unit.module is None:
+                    whole.enter_context(self._materialized(unit.parameters, point, eps))
+            self._evaluation = whole
+            try:
+                yield
+            finally:
+                self._point = None
+                self._close_all()
+
+    def _enter(self, unit: Unit) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            if self._point is not None:
+                with held():
+                    stack = ExitStack()
+                    stack.enter_context(self._shown(unit, args, *self._point))
+                    self._open.setdefault(module, []).append(stack)
+
+        return hook
+
+    def _shown(self, unit: Unit, args: Any, point: Displacement, eps: Sequence[float]) -> AbstractContextManager[None]:
+        todo = [p for p in unit.parameters if id(p) not in self._away]
+        self._entries[unit] += bool(todo)  # a unit inside another call of itself has nothing to do
+        if todo and self._entries[unit] > KEEP_AFTER:
+            kept = self._kept.get(unit) or self._keep(unit, todo, point, eps)
+            if all(id(p) in kept for p in todo):
+                return self._pointed(todo, [kept[id(p)] for p in todo])
+        return self._materialized(unit.parameters, point, eps, rows_read(unit, args))
+
+    def _keep(self, unit: Unit, todo: Sequence[Trained], point: Displacement, eps: Sequence[float]) -> dict[int, Tensor]:
+        """Scratch of the unit's own with its weights, which it has until the evaluation ends."""
+        outs, give_back = self._scratch.take(todo, beside=True)
+        self._evaluation.callback(give_back)
+        self._write(todo, outs, point, eps)
+        self._kept[unit] = {id(p): out for p, out in zip(todo, outs, strict=True)}
+        return self._kept[unit]
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        stacks = self._open.get(module)
+        if stacks:
+            with held():
+                stacks.pop().close()
+
+    def _close_all(self) -> None:
+        """After an exception inside a unit: what is still open, innermost first."""
+        for stacks in reversed(list(self._open.values())):
+            while stacks:
+                stacks.pop().close()
+        self._open = {}
+
+
+def _around(module: nn.Module, call: Callable[..., Any], enter: Callable[..., None], leave: Callable[..., None]) -> Callable[..., Any]:
+    """A compiled call of `module.compile()`, inside the unit: hooks that are added after the first call never run."""
+
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        enter(module, args)
+        try:
+            return call(*args, **kwargs)
+        finally:
+            leave(module, args, None)
+
+    return inside
+
+
+_LATE = "until now it was perturbed only where its own module ran. From now on it is perturbed for every reader."

@@ -1,0 +1,97 @@
+"""Scratch memory of residencies: buffers that are used again and again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from zo_lightning.engine.parameters import Trained
+
+Place = tuple[torch.device, torch.dtype]
+
+_ALIGN = 64
+"""Bytes. Matrix kernels may round differently on unaligned memory; scratch is aligned as allocations are."""
+
+
+class Scratch:
+    """Memory that is used again and again: a stack for units that run one after another or one inside another, and buffers beside it.
+
+    The stack is as large as the largest of `together`, weights that are on scratch at the same time.
+    """
+
+    def __init__(self, together: Iterable[Sequence[Trained]] = ()) -> None:
+        self._limit: dict[Place, int] = {}
+        for parameters in together:
+            for place, wanted in _sizes(parameters).items():
+                self._limit[place] = max(self._limit.get(place, 0), wanted)
+        self._stack: dict[Place, Tensor] = {}
+        self._top: Counter[Place] = Counter()
+        self._taken: Counter[Place] = Counter()
+        self._free: dict[tuple[Place, int], list[Tensor]] = {}
+
+    def take(self, parameters: Sequence[Trained], beside: bool = False) -> tuple[list[Tensor], Callable[[], None]]:
+        """Uninitialised tensors like `parameters`, on the stack or `beside` it, and what gives their memory back."""
+        parts = {place: self._reserve(place, wanted, beside) for place, wanted in _sizes(parameters).items()}
+        at = {place: begin for place, (_, begin, _) in parts.items()}
+        outs = []
+        for p in parameters:
+            place = (p.tensor.device, p.tensor.dtype)
+            outs.append(_like(p.tensor, parts[place][0], at[place]))
+            at[place] += _rounded(p.tensor)
+
+        def give_back() -> None:
+            for _, _, release in parts.values():
+                release()
+
+        return outs, give_back
+
+    def _reserve(self, place: Place, wanted: int, beside: bool) -> tuple[Tensor, int, Callable[[], None]]:
+        """(buffer, index of the first element in it, what gives it back)."""
+        begin = self._top[place]
+        end = begin + wanted
+        if beside or end > self._limit.get(place, 0):
+            free = self._free.setdefault((place, wanted), [])
+            buffer = free.pop() if free else torch.empty(wanted, device=place[0], dtype=place[1])
+            return buffer, 0, lambda: free.append(buffer)
+        if place not in self._stack:
+            self._stack[place] = torch.empty(self._limit[place], device=place[0], dtype=place[1])
+        self._top[place] = end
+        self._taken[place] += 1
+
+        def release() -> None:
+            self._taken[place] -= 1
+            if not self._taken[place]:
+                self._top[place] = 0
+            elif self._top[place] == end:  # else what was taken later is still in use, after an error that the model caught
+                self._top[place] = begin
+
+        return self._stack[place], begin, release
+
+    def nbytes(self) -> int:
+        """The memory of the stack and of the buffers beside it, where nothing is taken."""
+        beside = [buffer for free in self._free.values() for buffer in free]
+        return sum(buffer.nbytes for buffer in [*self._stack.values(), *beside])
+
+
+def _rounded(tensor: Tensor) -> int:
+    per_line = max(1, _ALIGN // tensor.element_size())
+    return -(-tensor.numel() // per_line) * per_line
+
+
+def _sizes(parameters: Sequence[Trained]) -> dict[Place, int]:
+    sizes: dict[Place, int] = {}
+    for p in parameters:
+        place = (p.tensor.device, p.tensor.dtype)
+        sizes[place] = sizes.get(place, 0) + _rounded(p.tensor)
+    return sizes
+
+
+def _like(tensor: Tensor, buffer: Tensor, offset: int) -> Tensor:
+    """A view of `buffer` with the shape of `tensor`, and its strides where they are those of a dense tensor."""
+    flat = buffer[offset : offset + tensor.numel()]
+    if not tensor.is_contiguous() and torch.empty_like(tensor, device="meta").stride() == tensor.stride():
+        return flat.as_strided(tensor.shape, tensor.stride())
+    return flat.view(tensor.shape)

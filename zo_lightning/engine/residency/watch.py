@@ -1,0 +1,81 @@
+"""Watches one forward pass: which weights are read while they are not on scratch, and by whom."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from zo_lightning.engine.noise.compiling import available
+from zo_lightning.engine.noise.sweep import SMALL
+from zo_lightning.engine.parameters import Trained
+
+
+class ReadWatch(TorchDispatchMode):
+    """Notes every operation that reads a base weight instead of its scratch copy, and which of `modules` are running at that moment."""
+
+    def __init__(self, modules: Sequence[nn.Module], trained: Sequence[Trained], paused: Callable[[], bool]) -> None:
+        super().__init__()
+        self._paused = paused
+        self._modules = modules
+        self._storages = {p.tensor.untyped_storage().data_ptr(): p for p in trained if p.tensor.numel()}
+        self._readers: dict[Trained, list[nn.Module]] = {}
+        self._running: list[nn.Module] = []
+        self._hooks: list[Any] = []
+
+    @property
+    def missed(self) -> dict[Trained, nn.Module | None]:
+        """The smallest module that owns the weight and ran around all reads of it; None: there is none."""
+        return {p: owners[-1] if owners else None for p, owners in self._readers.items()}
+
+    def __enter__(self) -> ReadWatch:
+        # not global hooks: compiled modules warn of those
+        for module in self._modules:
+            self._hooks.append(module.register_forward_pre_hook(lambda module, args: self._running.append(module), prepend=True))
+            self._hooks.append(module.register_forward_hook(lambda module, args, output: self._left(module), always_call=True))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)
+        for hook in self._hooks:
+            hook.remove()
+
+    def _left(self, module: nn.Module) -> None:
+        while self._running and self._running.pop() is not module:
+            pass
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for value in torch.utils._pytree.tree_leaves((args, kwargs)):
+            if isinstance(value, Tensor):
+                self._read(value)
+        return func(*args, **kwargs)
+
+    def _read(self, tensor: Tensor) -> None:
+        if self._paused() or tensor.layout != torch.strided or tensor.is_meta:
+            return
+        parameter = self._storages.get(tensor.untyped_storage().data_ptr())
+        if parameter is None:
+            return
+        ids = {id(alias) for alias in parameter.aliases}
+        owners = [m for m in self._running if any(id(w) in ids for w in m.parameters())]
+        before = self._readers.get(parameter, owners)
+        self._readers[parameter] = [m for m, other in zip(before, owners, strict=False) if m is other]
+
+
+@contextmanager
+def uncompiled(trained: Sequence[Trained]) -> Iterator[None]:
+    """Inside it, what was compiled runs eagerly: the operations inside a compiled graph can't be watched."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled
+        yield
+        return
+    for kind in {p.tensor.device.type for p in trained if p.tensor.numel() > SMALL}:
+        available(kind)  # whether the kernels of large weights can be compiled: this can't be found out in there
+    with torch.compiler.set_stance("force_eager"):
+        yield
