@@ -77,6 +77,7 @@ def lightning_run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     data = TensorDataset(torch.randn(44, 8), torch.randint(0, 3, (44,)))
     module = Classifier(options.logs)
+    watching: list[Any] = [TrajectoryLog(), ModelCheckpoint(every_n_train_steps=EVERY, save_top_k=2, monitor="step", mode="max")]
     trainer = L.Trainer(
         strategy=ZOStrategy(weights=options.weights, eps=1e-2),
         precision="bf16-true" if options.dtype == "bfloat16" else "32-true",
@@ -84,7 +85,7 @@ def lightning_run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         accumulate_grad_batches=2 if options.logs else 1,
         val_check_interval=5,
         default_root_dir=folder,
-        callbacks=[TrajectoryLog(), ModelCheckpoint(every_n_train_steps=EVERY, save_top_k=2, monitor="step", mode="max")],
+        callbacks=watching,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -100,7 +101,7 @@ def hf_run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The same with a ZOTrainer over a small GPT-2."""
     transformers.set_seed(0)
     shape: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 40, "n_positions": 16}
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, bos_token_id=0, eos_token_id=0))
+    model: Any = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, bos_token_id=0, eos_token_id=0))
     model = model.to(torch.bfloat16 if options.dtype == "bfloat16" else torch.float32)
     rows = [{"input_ids": row, "labels": row} for row in torch.randint(0, 40, (44, 8))]
     args = ZOConfig(
@@ -123,7 +124,7 @@ def hf_run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         zo_weights=options.weights,
         zo_eps=1e-2,
     )
-    trainer = ZOTrainer(model, args, train_dataset=rows, eval_dataset=rows[:8], callbacks=[TrajectoryLog()])  # type: ignore[arg-type]
+    trainer = ZOTrainer(model, args, train_dataset=rows, eval_dataset=rows[:8], callbacks=[TrajectoryLog()])
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
     optimizer = trainer.zo_optimizer
@@ -156,7 +157,7 @@ def die_inside(place: str, occurrence: int) -> None:
                 die()
             return result
 
-        Evaluator._one = evaluated  # type: ignore[method-assign]
+        Evaluator._one = evaluated  # type: ignore[method-assign,assignment]
     elif place == "update":
         update = Residency.update
 
@@ -190,7 +191,7 @@ def die_inside(place: str, occurrence: int) -> None:
                     os.truncate(file, os.path.getsize(file) // 2)
                 die()
 
-        torch.save = saved
+        torch.save = saved  # type: ignore[assignment]
 
 
 def child(host: str, folder: Path, options: argparse.Namespace, plan: tuple[str, int] | None) -> int:

@@ -64,7 +64,7 @@ def trained_model(steps: int) -> tuple[nn.Module, Any, demo_docstrings.Task]:
         use_cpu=True,
         dataloader_pin_memory=False,
     )
-    Trainer(model=model, args=arguments, train_dataset=task.train, data_collator=DataCollatorWithPadding(tokenizer)).train()  # type: ignore[arg-type]
+    Trainer(model=model, args=arguments, train_dataset=task.train, data_collator=DataCollatorWithPadding(tokenizer)).train()
     return model.eval(), DataCollatorWithPadding(tokenizer), task
 
 

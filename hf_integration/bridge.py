@@ -80,10 +80,13 @@ class ZOBridge(TrainerCallback):
     def checkpoint(self, path: str) -> Iterator[None]:
         """Around the writing of a checkpoint folder."""
         run = self._run
-        for listener in self._listeners if run is not None else ():
+        if run is None:
+            yield
+            return
+        for listener in self._listeners:
             listener.on_checkpoint_start(run)
         yield
-        for listener in self._listeners if run is not None else ():
+        for listener in self._listeners:
             listener.on_checkpoint_end(run, path)
 
     def checkpoints(self) -> list[str]:

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from zo_lightning.engine.journal import StepRecord
 from zo_lightning.engine.trajectory.export import export
 from zo_lightning.engine.trajectory.log import Log, read_log
-from zo_lightning.engine.trajectory.records import Segment, StepRecord
+from zo_lightning.engine.trajectory.records import Segment
 from zo_lightning.engine.trajectory.replay import replay, verify
 from zo_lightning.engine.trajectory.weights import load_base, save_tensors
 

@@ -1,11 +1,12 @@
 """The step log: every step appended as a few bytes; replayed, verified, undone and exported from them."""
 
+from zo_lightning.engine.journal import StepRecord
 from zo_lightning.engine.trajectory.atomic import replacing, write_bytes
 from zo_lightning.engine.trajectory.export import FineTune, apply, export, load
 from zo_lightning.engine.trajectory.fingerprint import fingerprint, frozen_fingerprint, trained_fingerprint
 from zo_lightning.engine.trajectory.frames import LogError
 from zo_lightning.engine.trajectory.log import Log, read_log
-from zo_lightning.engine.trajectory.records import Checkpoint, End, Mark, ParameterEntry, Segment, StepRecord
+from zo_lightning.engine.trajectory.records import Checkpoint, End, Mark, ParameterEntry, Segment
 from zo_lightning.engine.trajectory.replay import Verification, replay, undo, verify
 from zo_lightning.engine.trajectory.weights import load_base, save_base
 from zo_lightning.engine.trajectory.writer import LogWriter

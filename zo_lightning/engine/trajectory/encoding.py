@@ -7,6 +7,7 @@ import struct
 from dataclasses import asdict
 from typing import Any
 
+from zo_lightning.engine.journal import StepRecord
 from zo_lightning.engine.trajectory.records import (
     LARGEST_GROUPS,
     Checkpoint,
@@ -15,7 +16,6 @@ from zo_lightning.engine.trajectory.records import (
     ParameterEntry,
     Record,
     Segment,
-    StepRecord,
     check,
     names,
 )

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
+from zo_lightning.engine.journal import StepRecord
 from zo_lightning.engine.trajectory import columns as layout
 from zo_lightning.engine.trajectory.atomic import write_bytes
 from zo_lightning.engine.trajectory.columns import Columns
 from zo_lightning.engine.trajectory.encoding import canonical, parse, segment_of
 from zo_lightning.engine.trajectory.frames import LogError
 from zo_lightning.engine.trajectory.log import Log, read_log
-from zo_lightning.engine.trajectory.records import End, Mark, Record, Segment, StepRecord, check
+from zo_lightning.engine.trajectory.records import End, Mark, Record, Segment, check
 from zo_lightning.engine.trajectory.replay import Source, replay
 from zo_lightning.engine.trajectory.targets import Target
 from zo_lightning.engine.updates import GroupSettings

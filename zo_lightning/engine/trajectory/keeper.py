@@ -89,9 +89,8 @@ class Trajectory(Journal):
         """The log to go on with; its last segments and steps alone are looked at."""
         if resume not in (True, False, "auto"):
             raise ValueError(f"Invalid resume: {resume!r}. Use 'auto', True (only go on), or False (always begin anew).")
-        if resume is False or not self.path.exists():
-            problem = "there is no log in it"
-        else:
+        problem: str | None = "there is no log in it"
+        if resume is not False and self.path.exists():
             log = read_log(self.path)
             problem = self._differs(optimizer, log)
             if problem is None:

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from zo_lightning.engine.journal import StepRecord
 from zo_lightning.engine.trajectory.encoding import decode
 from zo_lightning.engine.trajectory.frames import MAGIC, Damage, LogError, Torn, frames
-from zo_lightning.engine.trajectory.records import Checkpoint, End, Record, Segment, StepRecord
+from zo_lightning.engine.trajectory.records import Checkpoint, End, Record, Segment
 from zo_lightning.engine.updates import GroupSettings
 
 Paths = str | os.PathLike[str]

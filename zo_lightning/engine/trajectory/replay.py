@@ -10,12 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from zo_lightning.engine.journal import StepRecord
 from zo_lightning.engine.messages import say_once
 from zo_lightning.engine.parameters import Trained
 from zo_lightning.engine.signals import held
 from zo_lightning.engine.trajectory.fingerprint import frozen_fingerprint, trained_fingerprint
 from zo_lightning.engine.trajectory.log import Log, read_log
-from zo_lightning.engine.trajectory.records import Checkpoint, End, Mark, ParameterEntry, Segment, StepRecord
+from zo_lightning.engine.trajectory.records import Checkpoint, End, Mark, ParameterEntry, Segment
 from zo_lightning.engine.trajectory.steps import Stepper
 from zo_lightning.engine.trajectory.targets import Target, match, module_of, noise_of
 from zo_lightning.engine.trajectory.weights import load_base

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from zo_lightning.engine.estimators import ESTIMATORS, Displacement, Estimator
+from zo_lightning.engine.journal import StepRecord
 from zo_lightning.engine.messages import check_number, say_once
 from zo_lightning.engine.noise import Change, Noise, apply_changes
 from zo_lightning.engine.noise.compiling import available
@@ -16,7 +17,7 @@ from zo_lightning.engine.parameters import Trained
 from zo_lightning.engine.residency import InPlace
 from zo_lightning.engine.seeds import query_seed, rounding_seed
 from zo_lightning.engine.signals import held
-from zo_lightning.engine.trajectory.records import Options, Segment, StepRecord
+from zo_lightning.engine.trajectory.records import Options, Segment
 from zo_lightning.engine.updates import SGD, UpdateRule
 
 RULES: dict[str, object] = {"sgd": SGD}
