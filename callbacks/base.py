@@ -23,11 +23,11 @@ class Run:
     """"lightning" or "hf"."""
     folder: str | None
     """Where the host writes its checkpoints and logs, if anywhere."""
-    root: str
-    """A folder that is the same for every process of this run: output_dir, default_root_dir."""
     is_rank_zero: bool
     step: Callable[[], int]
     """The host's global step."""
+    root: str = "."
+    """A folder that is the same for every process of this run: output_dir, default_root_dir."""
 
 
 class ZOCallback:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from zo_lightning.callbacks.base import Run, ZOCallback
-from zo_lightning.engine.trajectory.keeper import Trajectory, newest_checkpoint
+from zo_lightning.engine.trajectory.comparing import newest_checkpoint
+from zo_lightning.engine.trajectory.keeper import Trajectory
 from zo_lightning.engine.trajectory.writer import Fsync, check_fsync
 
 RESUME = ("auto", True, False)

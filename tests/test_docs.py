@@ -47,6 +47,7 @@ def readers_project() -> dict[str, Any]:
     )
     examples = [{"input_ids": torch.randint(0, 50, (6,)), "labels": torch.tensor(i % 2)} for i in range(32)]
     return {
+        "L": lightning,
         "LitModel": LitModel,
         "train_loader": torch.utils.data.DataLoader(data, batch_size=8),
         "model": transformers.BertForSequenceClassification(config),

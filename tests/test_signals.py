@@ -104,13 +104,13 @@ def during_sweep(monkeypatch: pytest.MonkeyPatch, weights: str, number: int, act
     module = sys.modules[f"zo_lightning.engine.residency.{'inplace' if weights == 'inplace' else 'scratch'}"]
     real, count = module.sweep, [0]
 
-    def interrupted(items: Sequence[object], seeds: object, noise: object, done: list[object] | None = None) -> None:
+    def interrupted(items: Sequence[object], seeds: object, noise: object, done: list[object] | None = None, **more: object) -> None:
         done = [] if done is None else done
         count[0] += 1
-        real(items[:2], seeds, noise, done)
+        real(items[:2], seeds, noise, done, **more)
         if count[0] == number:
             action()
-        real(items[2:], seeds, noise, done)
+        real(items[2:], seeds, noise, done, **more)
 
     monkeypatch.setattr(module, "sweep", interrupted)
 
@@ -199,11 +199,11 @@ def test_ctrl_c_during_the_update_comes_after_the_whole_of_it(weights: str, monk
     module = sys.modules[f"zo_lightning.engine.residency.{place}"]
     real = module.sweep
 
-    def interrupted(items: Sequence[object], *rest: object) -> None:
-        real(items[:1], *rest)
+    def interrupted(items: Sequence[object], *rest: object, **more: object) -> None:
+        real(items[:1], *rest, **more)
         if weights != "inplace" or optimizer.forward_passes == 2:
             press()
-        real(items[1:], *rest)
+        real(items[1:], *rest, **more)
 
     monkeypatch.setattr(module, "sweep", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -50,3 +50,19 @@ class Journal(ABC):
     @abstractmethod
     def remember(self, optimizer: ZOOptimizer) -> None:
         """Evaluations or an update ended: the weights are as they should be."""
+
+
+class Unrecorded(Journal):
+    """Nobody is told."""
+
+    def recall(self, step: int) -> StepRecord | None:
+        return None
+
+    def look(self, optimizer: ZOOptimizer) -> None:
+        pass
+
+    def append(self, record: StepRecord) -> None:
+        pass
+
+    def remember(self, optimizer: ZOOptimizer) -> None:
+        pass

@@ -16,14 +16,14 @@ from zo_lightning.engine import recall, state
 from zo_lightning.engine.advice import NO_DIFFERENCE, NO_LOSS, NOTHING_TO_TRAIN, ZERO_STEPS, usual_lr
 from zo_lightning.engine.estimators import Estimator, Term
 from zo_lightning.engine.evaluation import Closure, Evaluator, Muted, Task, as_scalar
-from zo_lightning.engine.journal import Journal, StepRecord
+from zo_lightning.engine.journal import Journal, StepRecord, Unrecorded
 from zo_lightning.engine.messages import say_once
 from zo_lightning.engine.noise import Change, Noise
 from zo_lightning.engine.options import DEFAULT_LR, EngineOptions, as_estimator, as_noise, as_safeguard, check_group
 from zo_lightning.engine.parallel import Exchange
 from zo_lightning.engine.parameters import Trained, collect, names_of, signature, split_input
 from zo_lightning.engine.report import Estimate, StepReport, float32_spacing
-from zo_lightning.engine.residency import Residency, build_residency
+from zo_lightning.engine.residency import Masters, Residency, build_residency
 from zo_lightning.engine.safeguard import Safeguard
 from zo_lightning.engine.seeds import evaluation_seed, query_seed, rounding_seed
 from zo_lightning.engine.signals import held
@@ -91,9 +91,10 @@ class ZOOptimizer(torch.optim.Optimizer):
         self._evaluator = Evaluator(self.module, dropout)
         self._window: Window | None = None
         self._residency: Residency | None = None
+        self.masters = Masters()
         self._signature: tuple[Any, ...] = ()
         self.report: StepReport | None = None
-        self.journal: Journal | None = None
+        self.journal: Journal = Unrecorded()
         self._idle = 0
         super().__init__(groups, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
         self._trained()
@@ -130,6 +131,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             if any(p.tensor._backward_hooks or p.tensor._post_accumulate_grad_hooks for p in trained):
                 say_once("grad_hooks", "Hooks on the gradients of parameters never run: forward-only training computes no gradient.")
             self._residency = build_residency(self.weights, self.module, trained, self.noise)
+            self._residency.masters = self.masters
             self._signature = now
         return self._residency
 
@@ -162,16 +164,14 @@ class ZOOptimizer(torch.optim.Optimizer):
         began = time.perf_counter()
         if self._window is None:
             self._window = self._new_window()
-        window, plan = self._window, self._recalled()
+        window, plan = self._window, self.journal.recall(self.steps)
         seed = evaluation_seed(self.seed, self.steps, window.micro_batches, self.exchange.rank)
         task = Task(closure, window.points, self.residency, [], seed, muted, loss_of)
         if plan is not None:
             return recall.estimate(plan, self._evaluator, task, window, weight)
-        if self.journal is not None:
-            self.journal.look(self)
+        self.journal.look(self)
         output, losses = self._evaluator.evaluate(task._replace(eps=self._eps_of(window)))
-        if self.journal is not None:
-            self.journal.remember(self)
+        self.journal.remember(self)
         window.micro_batches += 1
         window.traces = window.traces or self._evaluator.buffers.moved
         if losses:
@@ -195,8 +195,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         """
         began = time.perf_counter()
         window, self._window = self._window, None
-        plan = self._recalled()
-        values = self._values(window) if plan is None else self._recorded(plan)
+        plan = self.journal.recall(self.steps)
+        values = self._values(window, plan)
         if values is None:
             self._check_no_gradients()
             self._idle += 1
@@ -217,8 +217,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             self.residency.update(change)
         self.residency.take_passes()
         self._idle = 0
-        if self.journal is not None:
-            self.journal.remember(self)
+        self.journal.remember(self)
         seconds = window.seconds + time.perf_counter() - began
         self.report = self._make_report(window, values, terms, settings[0].lr, seconds)
         self.steps += 1
@@ -235,20 +234,12 @@ class ZOOptimizer(torch.optim.Optimizer):
             self.apply()
         return loss
 
-    def _recalled(self) -> StepRecord | None:
-        """The record of this step, where an earlier process made it."""
-        return None if self.journal is None else self.journal.recall(self.steps)
-
-    def _recorded(self, plan: StepRecord) -> list[float] | None:
-        return None if self._idle < plan.idle else list(plan.values)
-
     def _record(self, plan: StepRecord | None, record: StepRecord, window: Window) -> None:
         """Tell the journal, before anything is changed; a step that it knows brings the moves that rounded the weights."""
-        if self.journal is not None:
-            self.journal.look(self)
+        self.journal.look(self)
         if plan is not None:
             self.residency.reenact(plan.passes, window.points, recall.eps_of(plan))
-        elif self.journal is not None:
+        else:
             passes = self.residency.take_passes()
             self.journal.append(replace(record, passes=passes, traces=window.traces, idle=self._idle))
 
@@ -266,8 +257,10 @@ class ZOOptimizer(torch.optim.Optimizer):
         """Drop what was accumulated since the last update."""
         self._window = None
 
-    def _values(self, window: Window | None) -> list[float] | None:
-        """One value a point, the same on every rank."""
+    def _values(self, window: Window | None, plan: StepRecord | None) -> list[float] | None:
+        """One value a point, the same on every rank; None where there is none."""
+        if plan is not None:
+            return None if self._idle < plan.idle else list(plan.values)
         totals = None if window is None else window.totals
         if self.exchange.world_size == 1:
             return None if totals is None else torch.stack(totals).tolist()
@@ -353,6 +346,6 @@ class ZOOptimizer(torch.optim.Optimizer):
         super().__setstate__(plain)
         if named is not None:  # None: torch's own load_state_dict
             self._names = {id(parameter): name for parameter, name in named}
-            self._residency, self._signature, self.journal, self._idle = None, (), None, 0
+            self._residency, self._signature, self.journal, self._idle = None, (), Unrecorded(), 0
             self._evaluator = Evaluator(self.module, dropout)
             self._evaluator.count = count

@@ -44,7 +44,7 @@ class Weights(Protocol):
 @torch.no_grad()
 def apply_changes(weights: Sequence[Weights], changes: Sequence[Change], noise: Noise) -> None:
     """Apply the changes in their order; bit for bit what a `sweep` for each of them does."""
-    for device in {w.tensor.device for w in weights}:
+    for device in {w.tensor.device for w in weights} if changes else ():
         here = [w for w in weights if w.tensor.device == device and w.tensor.numel()]
         tensors = [w.tensor.detach() for w in here]
         items = [Item(tensor, tensor, w.key, 1.0, ()) for w, tensor in zip(here, tensors, strict=True)]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from zo_lightning.engine.estimators import Displacement
 from zo_lightning.engine.noise import Change, Item, Noise, sweep
 from zo_lightning.engine.parameters import Trained
+from zo_lightning.engine.residency.masters import Masters
 from zo_lightning.engine.signals import held
 
 
@@ -23,6 +24,7 @@ class Residency(ABC):
         self.module = module
         self.trained = list(trained)
         self.noise = noise
+        self.masters = Masters()
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -47,14 +49,14 @@ class Residency(ABC):
 
     def update(self, change: Change) -> None:
         """theta <- decay theta + sum_j c_j z(s_j), with (decay, c) of each group; not interrupted by signals."""
-        items = []
-        for parameter in self.trained:
-            decay, coefficients = change.steps[parameter.group]
-            if decay != 1.0 or any(coefficients):
-                weights = parameter.tensor.detach()
-                items.append(Item(weights, weights, parameter.key, decay, coefficients))
+        moving = [p for p in self.trained if change.steps[p.group][0] != 1.0 or any(change.steps[p.group][1])]
         with self.settled(), held():
+            items = []
+            for p in self.masters.instead_of(moving):
+                weights = p.tensor.detach()
+                items.append(Item(weights, weights, p.key, *change.steps[p.group]))
             sweep(items, change.seeds, self.noise, rounding=change.rounding)
+            self.masters.write_back()
 
     def settled(self) -> AbstractContextManager[None]:
         """Inside it, on any thread, parameters are the base weights: it waits for evaluations and updates of another thread."""

@@ -5,6 +5,7 @@ from zo_lightning.engine.trajectory.atomic import replacing, write_bytes
 from zo_lightning.engine.trajectory.export import FineTune, apply, export, load
 from zo_lightning.engine.trajectory.fingerprint import fingerprint, frozen_fingerprint, trained_fingerprint
 from zo_lightning.engine.trajectory.frames import LogError
+from zo_lightning.engine.trajectory.keeper import Trajectory
 from zo_lightning.engine.trajectory.log import Log, read_log
 from zo_lightning.engine.trajectory.records import Checkpoint, End, Mark, ParameterEntry, Segment
 from zo_lightning.engine.trajectory.replay import Verification, replay, undo, verify
@@ -24,6 +25,7 @@ __all__ = [
     "Segment",
     "Settings",
     "StepRecord",
+    "Trajectory",
     "Verification",
     "apply",
     "export",

@@ -9,21 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zo_lightning.engine.journal import Journal, StepRecord
+from zo_lightning.engine.journal import Journal, StepRecord, Unrecorded
 from zo_lightning.engine.messages import say_once
-from zo_lightning.engine.noise.compiling import available
 from zo_lightning.engine.trajectory.changed import State, same, state_of
-from zo_lightning.engine.trajectory.fingerprint import dtype_name, frozen_fingerprint, trained_fingerprint
+from zo_lightning.engine.trajectory.comparing import NAME, describe, differs, noted_path
+from zo_lightning.engine.trajectory.fingerprint import frozen_fingerprint, trained_fingerprint
 from zo_lightning.engine.trajectory.log import Log, read_log
-from zo_lightning.engine.trajectory.records import MAX_POINTS, Checkpoint, End, Mark, ParameterEntry, Record, Segment
+from zo_lightning.engine.trajectory.records import MAX_POINTS, Checkpoint, End, Mark, Record, Segment
 from zo_lightning.engine.trajectory.targets import match
 from zo_lightning.engine.trajectory.weights import load_base, save_base
-from zo_lightning.engine.trajectory.writer import Fsync, LogWriter
+from zo_lightning.engine.trajectory.writer import Fsync, LogWriter, unused
 
 if TYPE_CHECKING:
     from zo_lightning.engine.optimizer import ZOOptimizer
 
-NAME = "trajectory.zolog"
 _BASES = 2
 """Base files of later segments that are kept beside the first one."""
 
@@ -44,6 +43,10 @@ class Trajectory(Journal):
         self._segment: Segment | None = None
         self._state: State | None = None
         self._residency: Any = None
+        self._standing = ""
+        self._bases: list[str] = []
+        self._making: int | None = None
+        self._optimizer: ZOOptimizer | None = None
         self.recalled = 0
         """Steps of an earlier process that were made from their records."""
 
@@ -77,12 +80,10 @@ class Trajectory(Journal):
         log = self._continuable(optimizer, resume) if first else None
         log = exchange.share(log)
         if log is None:
-            if first:
-                self._set_aside()
-                self._create(optimizer)
+            self._create(optimizer, first)
         else:
             self._continue(optimizer, log, first)
-        optimizer.journal = self
+        self._optimizer, optimizer.journal = optimizer, self
         self.remember(optimizer)
 
     def _continuable(self, optimizer: ZOOptimizer, resume: bool | str) -> Log | None:
@@ -102,58 +103,61 @@ class Trajectory(Journal):
         return None
 
     def _differs(self, optimizer: ZOOptimizer, log: Log) -> str | None:
-        """Why a log can't be continued at this step; None where it can."""
+        """Why a log can't be continued at this step; None where it can, and the weights are then those of that run."""
         step = optimizer.steps
         if log.end is not None and step < log.end_step:
             return f"the run of the old one ended by itself after {log.end_step} steps, and this one begins at step {step}"
-        begun = [segment for segment in log.segments if segment.step <= step]
-        if not begun or step > log.end_step:
-            return f"it holds the steps {log.segments[0].step} to {log.end_step}, and this run begins at step {step}"
-        segment, own = begun[-1], describe(optimizer, "", "", None)
-        for field in ("seed", "noise", "estimator", "rule", "rounding", "parameters"):
-            there, here = getattr(segment, field), getattr(own, field)
-            if there != here:
-                return f"{field} differs ({_short(there)} there, {_short(here)} now)"
-        if segment.residency != own.residency and "inplace" in (segment.residency, own.residency):
-            return f"the weights were perturbed with weights={segment.residency!r} there and are with {own.residency!r} now"
-        recorded = next((record for record in log.steps if record.step == step), None)
-        settings = tuple(optimizer.settings())
-        if recorded is not None and recorded.settings != settings:
-            return f"step {step} was made with {_short(recorded.settings)} there and would be with {_short(settings)} now"
-        if not self._stands(optimizer, log, segment):
+        problem = differs(optimizer, log)
+        if problem is not None:
+            return problem
+        inplace = optimizer.residency.name == "inplace"
+        begins = any(segment.step == step for segment in log.segments)
+        if not begins and not inplace and not optimizer.masters.cover(optimizer.residency.trained):
+            return "the checkpoint came without the optimizer's state, which has the float32 values of 16-bit vectors"
+        if not self._stands(optimizer, log):
             return f"the weights are not those of that run after {step} steps, and it has no file of them"
         return None
 
-    def _stands(self, optimizer: ZOOptimizer, log: Log, segment: Segment) -> bool:
-        """Whether the weights are those of the log at this step, loaded from the segment's base file if need be."""
-        step, trained = optimizer.steps, optimizer.residency.trained
+    def _stands(self, optimizer: ZOOptimizer, log: Log) -> bool:
+        """Whether the weights are those of the log at this step, loaded from the file of the first segment that begins here if need be."""
+        step = optimizer.steps
         known = {r.fingerprint for r in log.records if isinstance(r, (Segment, Mark, End)) and r.step == step}
-        if trained_fingerprint(trained) in known:
+        self._standing = trained_fingerprint(optimizer.residency.trained)
+        if self._standing in known:
             return True
-        return step == segment.step and self._load(optimizer, segment)
+        for segment in log.segments:
+            if segment.step == step and self._load(optimizer, segment):
+                self._standing = segment.fingerprint
+                return True
+        return False
 
     def _load(self, optimizer: ZOOptimizer, segment: Segment) -> bool:
         """Give the optimizer the weights that a segment begins with, from its file."""
         path = None if segment.base is None else self.folder / segment.base
         if path is None or not path.exists():
             return False
-        loaded = match(load_base(path), segment)
-        if trained_fingerprint(loaded) != segment.fingerprint:
+        loaded, goals = match(load_base(path), segment), {p.name: p.tensor for p in optimizer.residency.trained}
+        if trained_fingerprint(loaded) != segment.fingerprint or goals.keys() != {p.name for p in loaded}:
             return False
         with torch.inference_mode(False), torch.no_grad():
-            for source, goal in zip(loaded, optimizer.residency.trained, strict=True):
-                goal.tensor.copy_(source.tensor)
+            for source in loaded:
+                goals[source.name].copy_(source.tensor)
         return True
 
     def _continue(self, optimizer: ZOOptimizer, log: Log, first: bool) -> None:
         step = optimizer.steps
+        if any(segment.step == step for segment in log.segments):
+            optimizer.masters.clear()
         if first:
             self._writer = LogWriter.open(self.path, fsync=self._fsync)
         else:
-            self._stands(optimizer, log, [segment for segment in log.segments if segment.step <= step][-1])
-        self._segment = log.segments[-1]
+            self._stands(optimizer, log)
+        self._segment, self._residency = log.segments[-1], optimizer.residency
+        self._bases = [segment.base for segment in log.segments if segment.base is not None]
         self._ahead = {record.step: record for record in log.steps if record.step >= step}
-        self._segments = {segment.step: segment for segment in log.segments if segment.step > step}
+        self._segments = {segment.step: segment for segment in log.segments if segment.step >= step}
+        if step in self._segments and self._segments[step].fingerprint == self._standing:
+            del self._segments[step]
         if self._ahead and first:
             say_once(
                 f"trajectory.recall.{self.path}",
@@ -162,50 +166,64 @@ class Trajectory(Journal):
             )
 
     def _set_aside(self) -> None:
-        """Give a log that is not continued another name."""
+        """Give a log that is not continued another name, unless a process still appends to it."""
         if self.path.exists():
             number = 1
             while (aside := self.path.with_name(f"trajectory-{number:03d}.zolog")).exists():
                 number += 1
-            os.rename(self.path, aside)
+            with unused(self.path):
+                os.rename(self.path, aside)
 
-    def _create(self, optimizer: ZOOptimizer) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._writer = LogWriter.create(self.path, self._new_segment(optimizer), fsync=self._fsync)
+    def _create(self, optimizer: ZOOptimizer, first: bool) -> None:
+        segment = self._new_segment(optimizer, first)
+        if first:
+            self._set_aside()
+            self._writer = LogWriter.create(self.path, segment, fsync=self._fsync)
 
-    def _new_segment(self, optimizer: ZOOptimizer) -> Segment:
+    def _new_segment(self, optimizer: ZOOptimizer, first: bool) -> Segment:
         trained = optimizer.residency.trained
         fingerprint = trained_fingerprint(trained)
         frozen = "" if optimizer.module is None else frozen_fingerprint(optimizer.module, trained)
         base = f"base-{optimizer.steps:08d}-{fingerprint[:8]}.safetensors" if self._save_base else None
-        if base is not None and not (self.folder / base).exists():
+        if first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        if base is not None and first and not (self.folder / base).exists():
             save_base(self.folder / base, trained)
+        self._bases += [base] if base is not None else []
+        optimizer.masters.clear()  # a replay begins with the weights alone
         self._segment, self._residency = describe(optimizer, fingerprint, frozen, base), optimizer.residency
         return self._segment
 
     # ---- a step
 
     def recall(self, step: int) -> StepRecord | None:
-        return self._ahead.get(step)
+        record = self._ahead.get(step)
+        if self._optimizer is not None and self._optimizer.steps in self._segments:
+            self._follow(self._optimizer)
+        self._making = None if record is None else step
+        return record
 
     def look(self, optimizer: ZOOptimizer) -> None:
-        if optimizer.steps in self._ahead:
-            self._follow(optimizer)
-        elif self._writer is not None and (self._changed_set(optimizer) or self._changed(optimizer)):
-            segment = self._new_segment(optimizer)
+        if optimizer.steps in self._ahead or not (self._changed_set(optimizer) or self._changed(optimizer)):
+            return
+        segment = self._new_segment(optimizer, self._writer is not None)
+        self.remember(optimizer)
+        if self._writer is not None:
             self._writer.append(segment)
             self._forget_bases()
 
     def _follow(self, optimizer: ZOOptimizer) -> None:
         """Where weights were changed by others between two recorded steps: they have changed again by now, or are loaded."""
-        segment = self._segments.pop(optimizer.steps, None)
-        if segment is None or trained_fingerprint(optimizer.residency.trained) == segment.fingerprint:
-            return
-        if not self._load(optimizer, segment):
+        segment = self._segments[optimizer.steps]
+        if trained_fingerprint(optimizer.residency.trained) != segment.fingerprint and not self._load(optimizer, segment):
             raise ValueError(
                 f"At step {segment.step} the run in {self.folder} went on from other weights than its steps had led to, and their file "
-                f"({segment.base}) is not there. Resume from a later checkpoint, or begin anew with resume=False."
+                f"({segment.base}) is not there, or other parameters are trained here. Resume from a later checkpoint, or begin anew "
+                "with resume=False."
             )
+        del self._segments[optimizer.steps]
+        optimizer.masters.clear()
+        self._state = state_of(optimizer.residency.trained)
 
     def _changed_set(self, optimizer: ZOOptimizer) -> bool:
         """Whether other tensors are trained than before."""
@@ -226,35 +244,41 @@ class Trajectory(Journal):
         return True
 
     def _forget_bases(self) -> None:
-        """Keep the files of the first and of the newest segments."""
-        bases = sorted(self.folder.glob("base-*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
-        for path in bases[1:-_BASES]:
-            path.unlink()
+        """Keep the files of the first and of the newest segments of this log."""
+        kept = {self._bases[0], *self._bases[-_BASES:]} if self._bases else set()
+        for base in set(self._bases) - kept:
+            (self.folder / base).unlink(missing_ok=True)
 
     def append(self, record: StepRecord) -> None:
         if self._writer is not None:
             self._writer.append(record if self._traces is None else dataclasses.replace(record, traces=self._traces))
 
     def remember(self, optimizer: ZOOptimizer) -> None:
-        if self._ahead.pop(optimizer.steps - 1, None) is not None:
+        if self._making is not None:
+            del self._ahead[self._making]
+            self._making = None
             self.recalled += 1
-        if self._writer is not None and optimizer.steps not in self._ahead:
+        if not self._ahead:
             self._state = state_of(optimizer.residency.trained)
 
     # ---- what the host does
 
     def mark(self, optimizer: ZOOptimizer) -> None:
         """A checkpoint is about to be written: note the fingerprint of the weights that it will hold."""
+        if not self.behind:
+            self.look(optimizer)
         if self._writer is not None and not self.behind:
             self._note(Mark(optimizer.steps, trained_fingerprint(optimizer.residency.trained)))
 
     def checkpoint(self, optimizer: ZOOptimizer, path: str, host: str) -> None:
         """The host has written a complete checkpoint."""
         if not self.behind:
-            self._note(Checkpoint(optimizer.steps, path, host))
+            self._note(Checkpoint(optimizer.steps, noted_path(self.folder, path), host))
 
     def end(self, optimizer: ZOOptimizer) -> None:
         """The run ended by itself."""
+        if not self.behind:
+            self.look(optimizer)
         if self._writer is not None and not self.behind:
             self._note(End(optimizer.steps, trained_fingerprint(optimizer.residency.trained)))
 
@@ -265,49 +289,8 @@ class Trajectory(Journal):
     def close(self, optimizer: ZOOptimizer) -> None:
         """Flush and close the log."""
         if optimizer.journal is self:
-            optimizer.journal = None
+            optimizer.journal = Unrecorded()
+        self._optimizer = None
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-
-
-def describe(optimizer: ZOOptimizer, fingerprint: str, frozen: str, base: str | None) -> Segment:
-    """The segment that begins with the optimizer as it is now."""
-    from zo_lightning import __version__
-
-    residency = optimizer.residency
-    device = residency.trained[0].tensor.device
-    return Segment(
-        step=optimizer.steps,
-        seed=optimizer.seed,
-        noise=optimizer.noise.name,
-        estimator={"name": optimizer.estimator.name, "options": _options(optimizer.estimator)},
-        rule={"name": optimizer.rule.name, "options": _options(optimizer.rule)},
-        residency=residency.name,
-        rounding="stochastic",
-        compiled=available(device.type),
-        device=str(device),
-        versions={"zo_lightning": __version__, "torch": str(torch.__version__)},
-        parameters=tuple(ParameterEntry(p.name, tuple(p.tensor.shape), dtype_name(p.tensor.dtype), p.group) for p in residency.trained),
-        fingerprint=fingerprint,
-        frozen=frozen,
-        base=base,
-    )
-
-
-def _options(part: Any) -> dict[str, Any]:
-    return dataclasses.asdict(part) if dataclasses.is_dataclass(part) and not isinstance(part, type) else {}
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) < 100 else f"{text[:100]}..."
-
-
-def newest_checkpoint(folder: str | os.PathLike[str]) -> list[str]:
-    """Paths of the checkpoints that the log of a run which did not end by itself names, newest first; none without such a log."""
-    path = Path(folder) / NAME
-    if not path.exists():
-        return []
-    log = read_log(path)
-    return [] if log.end is not None else [record.path for record in reversed(log.checkpoints)]

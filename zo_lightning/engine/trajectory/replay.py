@@ -100,20 +100,32 @@ def locate(target: Target, log: Log, end: int) -> Anchor:
                     here[parameters] = ""
                     problem = problem or error
             known = here[parameters]
-        if known == anchor.fingerprint:
+        if known == anchor.fingerprint and (anchor.step == end or begins(anchor, log)):
             found.append(anchor)
     if not found:
         if problem is not None:
             raise problem
         bases = ", ".join(f"step {a.step} ({a.segment.base or 'no file'})" for a in anchors if isinstance(log.records[a.place], Segment))
         raise ValueError(
-            f"The weights are in none of the states that {log.path} knows by fingerprint. Load the weights of one of its bases first: "
+            f"The weights are in none of the states that {log.path} can be replayed from. Load the weights of one of its bases first: "
             f"{bases}; or of a checkpoint at step {', '.join(str(a.step) for a in anchors[-5:])}."
         )
     fitting = [anchor for anchor in found if anchor.step <= end]
     if not fitting:
         raise ValueError(f"The weights are those after {found[0].step} steps, past to_step={end}. Go back with undo, from a base.")
     return fitting[-1]
+
+
+def begins(anchor: Anchor, log: Log) -> bool:
+    """Whether steps can be made from an anchor by its weights alone: within a segment, 16-bit vectors have float32 masters beside them."""
+    segment = anchor.segment
+    masters = segment.rounding == "stochastic" and segment.residency != "inplace" and any(map(entry_has_master, segment.parameters))
+    return isinstance(log.records[anchor.place], Segment) or not masters
+
+
+def entry_has_master(entry: ParameterEntry) -> bool:
+    """`residency.masters.has_master`, for a parameter of a log."""
+    return len(entry.shape) < 2 and entry.dtype in ("float16", "bfloat16")
 
 
 class _Follow:

@@ -14,7 +14,7 @@ from zo_lightning.engine.messages import check_number, say_once
 from zo_lightning.engine.noise import Change, Noise, apply_changes
 from zo_lightning.engine.noise.compiling import available
 from zo_lightning.engine.parameters import Trained
-from zo_lightning.engine.residency import InPlace
+from zo_lightning.engine.residency import InPlace, Masters
 from zo_lightning.engine.seeds import query_seed, rounding_seed
 from zo_lightning.engine.signals import held
 from zo_lightning.engine.trajectory.records import Options, Segment
@@ -30,6 +30,7 @@ class Stepper:
 
     def __init__(self, segment: Segment, trained: Sequence[Trained], noise: Noise) -> None:
         self._segment, self._trained, self._noise = segment, trained, noise
+        self._masters = Masters()  # which a segment begins from the weights
         self._estimator: Estimator = build("estimator", ESTIMATORS, segment.estimator)
         self._rule: UpdateRule = build("update rule", RULES, segment.rule)
         if isinstance(self._rule, SGD) and self._rule.clip is not None:
@@ -45,7 +46,7 @@ class Stepper:
                     if self._segment.residency == "inplace":
                         self._in_place(batch)
                     else:
-                        apply_changes(self._trained, [self._change(r) for r in batch if not r.skipped], self._noise)
+                        self._on_base(batch)
 
     def _points(self, record: StepRecord) -> list[Displacement]:
         points = self._estimator.points(lambda query: query_seed(self._segment.seed, record.step, query))
@@ -60,6 +61,14 @@ class Stepper:
         steps = tuple(self._rule.step(terms, group) for group in record.settings)
         rounding = rounding_seed(self._segment.seed, record.step) if self._segment.rounding == "stochastic" else None
         return Change(tuple(term.seed for term in terms), steps, rounding)
+
+    def _on_base(self, records: Sequence[StepRecord]) -> None:
+        changes = [self._change(record) for record in records if not record.skipped]
+        if self._segment.rounding == "nearest":
+            apply_changes(self._trained, changes, self._noise)
+        else:
+            apply_changes(self._masters.instead_of(self._trained), changes, self._noise)
+            self._masters.write_back()
 
     def _in_place(self, records: Sequence[StepRecord]) -> None:
         residency = InPlace(None, self._trained, self._noise)

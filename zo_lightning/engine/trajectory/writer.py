@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import weakref
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -181,6 +182,17 @@ def _lock(number: int, path: Path) -> None:
         raise BlockingIOError(error.errno, message, str(path)) from error
     except OSError:  # a file system without locks
         return
+
+
+@contextmanager
+def unused(path: Path) -> Iterator[None]:
+    """Inside it nobody appends to the log at `path`. BlockingIOError where a process does."""
+    number = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
+    try:
+        _lock(number, path)
+        yield
+    finally:
+        os.close(number)
 
 
 def _take_name(temporary: Path, target: Path) -> None:

@@ -1,0 +1,94 @@
+"""Whether a log is of this run: what a segment says about an optimizer, what differs, which checkpoints it names."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from zo_lightning.engine.noise.compiling import available
+from zo_lightning.engine.trajectory.fingerprint import dtype_name
+from zo_lightning.engine.trajectory.log import Log, read_log
+from zo_lightning.engine.trajectory.records import ParameterEntry, Segment
+
+if TYPE_CHECKING:
+    from zo_lightning.engine.optimizer import ZOOptimizer
+
+NAME = "trajectory.zolog"
+
+
+def describe(optimizer: ZOOptimizer, fingerprint: str, frozen: str, base: str | None) -> Segment:
+    """The segment that begins with the optimizer as it is now."""
+    from zo_lightning import __version__
+
+    residency = optimizer.residency
+    device = residency.trained[0].tensor.device
+    return Segment(
+        step=optimizer.steps,
+        seed=optimizer.seed,
+        noise=optimizer.noise.name,
+        estimator={"name": optimizer.estimator.name, "options": _options(optimizer.estimator)},
+        rule={"name": optimizer.rule.name, "options": _options(optimizer.rule)},
+        residency=residency.name,
+        rounding="stochastic",
+        compiled=available(device.type),
+        device=str(device),
+        versions={"zo_lightning": __version__, "torch": str(torch.__version__)},
+        parameters=tuple(ParameterEntry(p.name, tuple(p.tensor.shape), dtype_name(p.tensor.dtype), p.group) for p in residency.trained),
+        fingerprint=fingerprint,
+        frozen=frozen,
+        base=base,
+    )
+
+
+def _options(part: Any) -> dict[str, Any]:
+    return dataclasses.asdict(part) if dataclasses.is_dataclass(part) and not isinstance(part, type) else {}
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) < 100 else f"{text[:100]}..."
+
+
+def differs(optimizer: ZOOptimizer, log: Log) -> str | None:
+    """What of this run is not as the log has it at `optimizer.steps`; None where all is."""
+    step = optimizer.steps
+    begun = [segment for segment in log.segments if segment.step <= step]
+    if not begun or step > log.end_step:
+        return f"it holds the steps {log.segments[0].step} to {log.end_step}, and this run begins at step {step}"
+    segment, own = begun[-1], describe(optimizer, "", "", None)
+    for field in ("seed", "noise", "estimator", "rule", "rounding", "parameters"):
+        there, here = getattr(segment, field), getattr(own, field)
+        if there != here:
+            return f"{field} differs ({_short(there)} there, {_short(here)} now)"
+    if segment.residency != own.residency and "inplace" in (segment.residency, own.residency):
+        return f"the weights were perturbed with weights={segment.residency!r} there and are with {own.residency!r} now"
+    recorded = next((record for record in log.steps if record.step == step), None)
+    settings = tuple(optimizer.settings())
+    if recorded is not None and recorded.settings != settings:
+        return f"step {step} was made with {_short(recorded.settings)} there and would be with {_short(settings)} now"
+    return None
+
+
+def noted_path(folder: Path, path: str) -> str:
+    """A checkpoint's path as the log keeps it: relative where it lies in the log's folder, which may be moved."""
+    if "://" in path:
+        return path
+    whole, root = os.path.abspath(path), os.path.abspath(folder)
+    return os.path.relpath(whole, root).replace(os.sep, "/") if whole.startswith(os.path.join(root, "")) else whole
+
+
+def newest_checkpoint(folder: str | os.PathLike[str]) -> list[str]:
+    """Paths of the checkpoints that the log of a run which did not end by itself names, newest first; none without such a log.
+
+    LogError for a damaged log.
+    """
+    path = Path(folder) / NAME
+    if not path.exists():
+        return []
+    log = read_log(path)
+    found = [] if log.end is not None else [record.path for record in reversed(log.checkpoints)]
+    return [known if "://" in known else os.path.join(os.path.abspath(folder), known) for known in dict.fromkeys(found)]
