@@ -65,8 +65,8 @@ class TopicClassifier(nn.Module):
         self.register_buffer("name_mask", names["attention_mask"], persistent=False)
 
     def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Unit vectors of shape (texts, hidden)."""
-        hidden = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        """Unit vectors of shape (texts, hidden), float32 for 16-bit weights too: a loss in 16 bits hides the difference of two."""
+        hidden = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.float()
         mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
         return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 

@@ -173,7 +173,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         output, losses = self._evaluator.evaluate(task._replace(eps=self._eps_of(window)))
         self.journal.remember(self)
         window.micro_batches += 1
-        window.traces = window.traces or self._evaluator.buffers.moved
+        window.traces = window.traces or self._evaluator.buffers.moved or not losses
         if losses:
             window.add(losses, weight)
         window.seconds += time.perf_counter() - began

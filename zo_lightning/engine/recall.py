@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
+from zo_lightning.engine.estimators import Displacement
 from zo_lightning.engine.evaluation import Evaluator, Task
 from zo_lightning.engine.journal import StepRecord
 from zo_lightning.engine.messages import say_once
 from zo_lightning.engine.report import Estimate
-from zo_lightning.engine.residency import Copy, InPlace
+from zo_lightning.engine.residency import InPlace, Residency
 from zo_lightning.engine.updates import GroupSettings
 from zo_lightning.engine.window import Window
 
@@ -26,13 +29,36 @@ def estimate(record: StepRecord, evaluator: Evaluator, task: Task, window: Windo
     window.micro_batches += 1
     if record.traces:
         residency = task.residency
-        if isinstance(residency, InPlace):  # its moves are made again by the update, and are not to be made twice
-            residency = Copy(residency.module, residency.trained, residency.noise)
+        if isinstance(residency, InPlace):
+            residency = _SameMoves(residency, record, window.points)
         output, losses = evaluator.evaluate(task._replace(residency=residency, points=window.points[:1], eps=eps_of(record)))
         if not losses:
             return Estimate(None, None)
     evaluator.count = before + len(window.points)
     return Estimate(output, loss)
+
+
+class _SameMoves(Residency):
+    """The first evaluation alone, and yet every move that the micro-batch made: the roundings of one are where the next begins."""
+
+    name = "inplace"
+
+    def __init__(self, inner: InPlace, record: StepRecord, points: Sequence[Displacement]) -> None:
+        super().__init__(inner.module, inner.trained, inner.noise)
+        self._inner, self._record, self._points = inner, record, points
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        with self._inner.session():
+            yield
+            for code in self._record.passes[self._inner.moves :]:
+                if code >= len(self._points):
+                    break
+                with self._inner.at(self._points[code], eps_of(self._record)):
+                    pass
+
+    def at(self, point: Displacement, eps: Sequence[float]) -> AbstractContextManager[None]:
+        return self._inner.at(point, eps)
 
 
 def eps_of(record: StepRecord) -> list[float]:

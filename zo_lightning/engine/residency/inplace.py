@@ -62,14 +62,20 @@ class InPlace(Residency):
             self._passes.append(ORIGIN)
         self._move({}, self._eps)
 
+    @property
+    def moves(self) -> int:
+        """How many bytes `take_passes` would give."""
+        return len(self._passes)
+
     def take_passes(self) -> bytes:
         """The moves since the last time: what they rounded, a replay must round again."""
         passes, self._passes, self._points = bytes(self._passes), bytearray(), []
         return passes
 
     def reenact(self, passes: bytes, points: Sequence[Displacement], eps: Sequence[float]) -> None:
-        """Make the moves that `take_passes` told."""
-        for code in passes:
+        """Make the moves that `take_passes` told, but for those at their beginning that were made since the last update."""
+        made = bytes(self._passes)
+        for code in passes.removeprefix(made):
             if code < len(points):
                 self._move(dict(points[code]), eps)
             elif code == ORIGIN:

@@ -179,6 +179,7 @@ class Trajectory(Journal):
         if first:
             self._set_aside()
             self._writer = LogWriter.create(self.path, segment, fsync=self._fsync)
+        self._begun(optimizer, segment)
 
     def _new_segment(self, optimizer: ZOOptimizer, first: bool) -> Segment:
         trained = optimizer.residency.trained
@@ -189,32 +190,39 @@ class Trajectory(Journal):
             self.folder.mkdir(parents=True, exist_ok=True)
         if base is not None and first and not (self.folder / base).exists():
             save_base(self.folder / base, trained)
-        self._bases += [base] if base is not None else []
         optimizer.masters.clear()  # a replay begins with the weights alone
-        self._segment, self._residency = describe(optimizer, fingerprint, frozen, base), optimizer.residency
-        return self._segment
+        return describe(optimizer, fingerprint, frozen, base)
+
+    def _begun(self, optimizer: ZOOptimizer, segment: Segment) -> None:
+        """The log has it."""
+        self._segment, self._residency = segment, optimizer.residency
+        self._bases += [segment.base] if segment.base is not None else []
+        self._state = state_of(optimizer.residency.trained)
 
     # ---- a step
 
     def recall(self, step: int) -> StepRecord | None:
         record = self._ahead.get(step)
-        if self._optimizer is not None and self._optimizer.steps in self._segments:
+        if self._optimizer is not None:
             self._follow(self._optimizer)
         self._making = None if record is None else step
         return record
 
     def look(self, optimizer: ZOOptimizer) -> None:
+        self._follow(optimizer)
         if optimizer.steps in self._ahead or not (self._changed_set(optimizer) or self._changed(optimizer)):
             return
         segment = self._new_segment(optimizer, self._writer is not None)
-        self.remember(optimizer)
         if self._writer is not None:
             self._writer.append(segment)
-            self._forget_bases()
+        self._begun(optimizer, segment)
+        self._forget_bases()
 
     def _follow(self, optimizer: ZOOptimizer) -> None:
         """Where weights were changed by others between two recorded steps: they have changed again by now, or are loaded."""
-        segment = self._segments[optimizer.steps]
+        segment = self._segments.get(optimizer.steps)
+        if segment is None:
+            return
         if trained_fingerprint(optimizer.residency.trained) != segment.fingerprint and not self._load(optimizer, segment):
             raise ValueError(
                 f"At step {segment.step} the run in {self.folder} went on from other weights than its steps had led to, and their file "
@@ -229,8 +237,10 @@ class Trajectory(Journal):
         """Whether other tensors are trained than before."""
         if self._residency is optimizer.residency or self._segment is None:
             return False
+        if describe(optimizer, "", "", None).parameters != self._segment.parameters:
+            return True
         self._residency = optimizer.residency
-        return describe(optimizer, "", "", None).parameters != self._segment.parameters
+        return False
 
     def _changed(self, optimizer: ZOOptimizer) -> bool:
         if self._state is None or same(self._state, state_of(optimizer.residency.trained)):
@@ -246,12 +256,14 @@ class Trajectory(Journal):
     def _forget_bases(self) -> None:
         """Keep the files of the first and of the newest segments of this log."""
         kept = {self._bases[0], *self._bases[-_BASES:]} if self._bases else set()
-        for base in set(self._bases) - kept:
-            (self.folder / base).unlink(missing_ok=True)
+        if self._writer is not None:
+            for base in set(self._bases) - kept:
+                (self.folder / base).unlink(missing_ok=True)
 
     def append(self, record: StepRecord) -> None:
         if self._writer is not None:
-            self._writer.append(record if self._traces is None else dataclasses.replace(record, traces=self._traces))
+            traces = record.traces or record.idle > 0 if self._traces is None else self._traces  # windows without a loss were evaluated once
+            self._writer.append(dataclasses.replace(record, traces=traces))
 
     def remember(self, optimizer: ZOOptimizer) -> None:
         if self._making is not None:
