@@ -22,6 +22,8 @@ from zo_lightning import ZOOptimizer
 from zo_lightning.engine.noise.compiling import available
 
 LOOPS = ("engine", "lightning", "hf", "mezo")
+APART = "apart"
+"""In place with the way back on its own, as hosts and accumulation need it: `step` does it together with the update."""
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -48,7 +50,9 @@ def two_forwards(workload: Workload) -> None:
 
 def engine_step(workload: Workload, weights: str, noise: str) -> Any:
     """A function that makes one step of the engine."""
-    optimizer = ZOOptimizer(workload.model, lr=1e-6, weights=weights, noise=noise, safeguard=None)
+    optimizer = ZOOptimizer(workload.model, lr=1e-6, weights=weights.partition(" ")[0], noise=noise, safeguard=None)
+    if weights.endswith(APART):
+        return lambda: (optimizer.estimate(workload.loss), optimizer.apply())
     return lambda: optimizer.step(workload.loss)
 
 
@@ -58,7 +62,7 @@ def contenders(workload: Workload, options: argparse.Namespace) -> dict[str, Con
     found = {"two forwards": stamps(lambda: two_forwards(workload), device)}
     for noise in options.noise:
         if "engine" in chosen:
-            for weights in options.weights:
+            for weights in [*options.weights, *([f"inplace {APART}"] if "inplace" in options.weights else [])]:
                 found[f"engine {weights} {noise}"] = stamps(engine_step(workload, weights, noise), device)
         if "lightning" in chosen:
             found[f"lightning {noise}"] = lightning_loop(workload, device, noise)
