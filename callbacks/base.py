@@ -28,6 +28,8 @@ class Run:
     """The host's global step."""
     root: str = "."
     """A folder that is the same for every process of this run: output_dir, default_root_dir."""
+    rehearsal: bool = False
+    """A few batches to find mistakes in the script (fast_dev_run), of which nothing is to be kept."""
 
 
 class ZOCallback:
@@ -63,6 +65,9 @@ class ZOCallback:
     def checkpoints(self, root: str) -> list[str]:
         """Checkpoints to resume from where the user names none, the best first; the host takes the first that is complete."""
         return []
+
+    def on_resume(self, optimizer: ZOOptimizer, root: str) -> None:
+        """A checkpoint that `checkpoints` named is about to be loaded into the optimizer, which still is as the script made it."""
 
     def metrics(self) -> dict[str, float]:
         """What to log now, by chart name; the host asks whenever it logs."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from zo_lightning.callbacks.base import Run, ZOCallback
-from zo_lightning.engine.trajectory.comparing import newest_checkpoint
+from zo_lightning.engine.optimizer import ZOOptimizer
+from zo_lightning.engine.trajectory.comparing import check_same, newest_checkpoint
 from zo_lightning.engine.trajectory.keeper import Trajectory
 from zo_lightning.engine.trajectory.writer import Fsync, check_fsync
 
@@ -59,7 +60,12 @@ class TrajectoryLog(ZOCallback):
     def checkpoints(self, root: str) -> list[str]:
         return [] if self._resume is False else newest_checkpoint(self._in(root))
 
+    def on_resume(self, optimizer: ZOOptimizer, root: str) -> None:
+        check_same(optimizer, self._in(root))
+
     def on_run_start(self, run: Run) -> None:
+        if run.rehearsal:
+            return
         folder = self._in(run.root)
         self._trajectory = Trajectory(folder, fsync=self._fsync, save_base=self._save_base, traces=self._evaluate)
         self._trajectory.begin(run.optimizer, self._resume)

@@ -30,6 +30,8 @@ class ZOBridge(TrainerCallback):
         self._trainer = trainer
         self._run: Run | None = None
         self._listeners: list[ZOCallback] = []
+        self.resumed = False
+        """By itself, not by a path that the user gave."""
 
     def keep_state(self, optimizer: ZOOptimizer) -> None:
         """Let the callbacks' states travel in the optimizer's, which the host saves and loads."""
@@ -88,6 +90,12 @@ class ZOBridge(TrainerCallback):
         yield
         for listener in self._listeners:
             listener.on_checkpoint_end(run, path)
+
+    def resume(self) -> None:
+        """The state of a checkpoint is about to be loaded into the optimizer."""
+        if self.resumed:
+            for listener in _listeners(self._trainer):
+                listener.on_resume(self._trainer.zo_optimizer, str(self._trainer.args.output_dir))
 
     def checkpoints(self) -> list[str]:
         """Folders to resume from that the callbacks know."""

@@ -210,20 +210,29 @@ class ZOTrainerMixin(_Host):
         """The host's ``train``; ``resume_from_checkpoint=True`` takes the newest complete checkpoint."""
         if not self._zo:
             return super().train(resume_from_checkpoint, *args, **kwargs)
+        self._zo_bridge.resumed = False
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_complete(str(self.args.output_dir)) or True
         elif not resume_from_checkpoint:
             known = (path for path in self._zo_bridge.checkpoints() if is_complete(Path(path)))
             resume_from_checkpoint = next(known, resume_from_checkpoint)
+            self._zo_bridge.resumed = bool(resume_from_checkpoint)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._zo_bridge.close()
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The host's; the callbacks see before what the script has set."""
+        if self._zo and checkpoint is not None:
+            self._zo_bridge.resume()
+        super()._load_optimizer_and_scheduler(checkpoint)
+
     def _save_checkpoint(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
-        """The host's checkpoint; the callbacks are told before and after."""
+        """The host's checkpoint; the callbacks are told before and after one that training can be resumed from."""
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with self._zo_bridge.checkpoint(str(folder)) if self._zo else nullcontext():
+        whole = self._zo and not self.args.save_only_model
+        with self._zo_bridge.checkpoint(str(folder)) if whole else nullcontext():
             super()._save_checkpoint(model, trial, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

@@ -15,7 +15,7 @@ from zo_lightning.engine import ZOOptimizer
 from zo_lightning.engine.trajectory import Trajectory
 
 
-class Cut(Exception):
+class CutError(Exception):
     """What a kill is in these tests."""
 
 
@@ -94,7 +94,7 @@ class Loop:
 
             def closure(part: int = part) -> Any:
                 if cut is not None and window == cut[0] and self.calls - calls == cut[1]:
-                    raise Cut
+                    raise CutError
                 return self.loss(window, part)
 
             self.optimizer.estimate(closure, weight=1 / self.setup.micro)
@@ -121,7 +121,7 @@ class Loop:
         self.begin(**options)
         try:
             self.windows(cut=cut)
-        except Cut:
+        except CutError:
             return self.close()
         return self.end()
 

@@ -19,7 +19,7 @@ from zo_lightning.engine.noise import NOISES, Change, Item, Noise, apply_changes
 from zo_lightning.engine.noise.base import Stretch
 from zo_lightning.engine.noise.compiling import available
 from zo_lightning.engine.noise.rounding import dither as drawn
-from zo_lightning.engine.noise.rounding import dither_at, stochastic
+from zo_lightning.engine.noise.rounding import dither_at, first_by_bits, first_by_rounding, stochastic
 from zo_lightning.engine.parameters import Trained, parameter_key
 
 SIXTEEN = [torch.bfloat16, torch.float16]
@@ -86,6 +86,14 @@ def test_rounding_agrees_with_float64(dtype: torch.dtype, scale: float) -> None:
     assert float(differ.double().mean()) < 1e-4  # float32 may decide otherwise within 2**-22 of a tie
     spacing = torch.from_numpy(unit(base.double().numpy() + change.double().numpy(), label(dtype)))
     assert float(((got.double() - (base.double() + change.double())).abs() / spacing).max()) <= 1 + 1e-6
+
+
+def test_both_ways_to_the_first_place_agree() -> None:
+    values = torch.cat([weights(torch.float16).float(), torch.randn(100_000) * 1e-3, 2.0 ** torch.arange(-100, 100).float()])
+    values = torch.cat([values, values.nextafter(torch.tensor(torch.inf)), values.nextafter(torch.tensor(-torch.inf))])
+    values = values[values.abs() > 1e-31]
+    assert torch.equal(first_by_rounding(values), first_by_bits(values))
+    assert torch.equal(first_by_bits(values), 2.0 ** torch.frexp(values).exponent.sub(1).double().float())
 
 
 @each_dtype

@@ -101,9 +101,6 @@ def test_changed_weights_before_a_checkpoint_and_before_the_end(tmp_path: Path) 
     data(loop)
     loop.end()
     assert [segment.step for segment in read_log(loop.log.path).segments] == [0, 4, 9]
-    base = load_base(next(tmp_path.glob("base-00000000-*")))
-    result = verify(base, loop.log.path)
-    assert (result.step, result.problem) == (9, None) or "segment" in str(result.problem)
     assert verify(loop.optimizer, loop.log.path).ok
 
 

@@ -85,7 +85,8 @@ class DataOrder:
     def _epoch(self, fetcher: Any, inner: Callable[[Any], None]) -> None:
         resuming, self._resuming = self._resuming, False
         saved, self._saved = self._saved, None
-        if self._loop.restarted_on_train_batch_end and self._loop.batch_progress.is_last_batch:
+        ended = self._loop.restarted_on_train_batch_end and self._loop.batch_progress.is_last_batch
+        if ended:
             self._loop.batch_progress.reset_on_run()  # Lightning forgets to where it doesn't know the length of an epoch
         if resuming and self._ended_before():
             self._loop._restarting = False
@@ -98,6 +99,9 @@ class DataOrder:
         if resuming and (saved is not None or seen):
             self._go_on(fetcher, seen, saved)
             inner(fetcher)
+            if ended:
+                self._loop._restarting = False  # or Lightning validates before the first batch
+            self._trainer.fit_loop._restarting = False  # or the schedulers of epochs are not stepped when this one ends
             return
         remakes = self._trainer.current_epoch > 0 and not self._trainer.fit_loop.is_resuming and not self._loop.restarting
         if remakes or self._made is None:

@@ -24,6 +24,7 @@ class Events:
             host="lightning",
             folder=trainer.log_dir or trainer.default_root_dir,
             root=trainer.default_root_dir,
+            rehearsal=bool(trainer.fast_dev_run),
             is_rank_zero=trainer.is_global_zero,
             step=lambda: int(trainer.global_step),
         )

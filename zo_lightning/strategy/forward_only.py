@@ -21,7 +21,7 @@ from zo_lightning.strategy.host_optimizer import HostOptimizer
 from zo_lightning.strategy.knobs import check_run, disable_checkpointing, say_idle
 from zo_lightning.strategy.namespace import Bindable
 from zo_lightning.strategy.quiet import quiet, rerun
-from zo_lightning.strategy.resume import resume_by_itself
+from zo_lightning.strategy.resume import loses_nothing, resume_by_itself
 
 STATE = "zo_lightning"
 """Our key in a Lightning checkpoint."""
@@ -38,6 +38,8 @@ class ForwardOnly(Bindable):
         self._zo_data: DataOrder | None = None
         self._zo_events: Events | None = None
         self._zo_loop: Any = None
+        self._zo_resumed = False
+        """By itself, not by a path that the user gave."""
 
     @property
     def zo_optimizer(self) -> ZOOptimizer | None:
@@ -49,7 +51,8 @@ class ForwardOnly(Bindable):
         super().setup_environment()
         trainer = self._zo_trainer
         if trainer.state.fn == "fit":
-            resume_by_itself(trainer, self.broadcast)
+            self._zo_resumed = False
+            resume_by_itself(trainer, self.broadcast, lambda: setattr(self, "_zo_resumed", True))
 
     def setup(self, trainer: Any) -> None:
         """Check what can't work, then let Lightning set up, and build the engine on the user's optimizer."""
@@ -209,13 +212,16 @@ class ForwardOnly(Bindable):
         events: AbstractContextManager[None] = nullcontext()
         if self._zo_host is not None and self._zo_data is not None and "optimizer_states" in checkpoint:
             checkpoint[STATE] = {"engine": self._zo_host.engine.state_dict(), "data": self._zo_gather(self._zo_data.state())}
-            if self._zo_events is not None:
+            if self._zo_events is not None and loses_nothing(self._zo_trainer):
                 events = self._zo_events.checkpoint(str(filepath))
         with events:
             super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         """The user's optimizer gets its groups back; moments of first-order steps would only take memory."""
+        if self._zo_resumed and self._zo_host is not None:
+            for callback in zo_callbacks(self._zo_trainer.callbacks):
+                callback.on_resume(self._zo_host.engine, self._zo_trainer.default_root_dir)
         states = [{**state, "state": {}} if "param_groups" in state else state for state in checkpoint["optimizer_states"]]
         super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
         if self._zo_host is None or self._zo_data is None:

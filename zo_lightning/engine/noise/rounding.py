@@ -39,14 +39,22 @@ def _lane(a: Tensor, b: Tensor, lane: Tensor) -> Tensor:
 def spacing(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The distance between neighbours of `dtype` in the binade of the float32 `x`."""
     bits, least = _BITS[dtype]
-    if x.device.type == "cpu":
-        # unit in the first place by Rump, Ogita and Oishi 2008 (Accurate floating-point summation I): the CPU compiler keeps every rounding
-        # and does not vectorize bit casts
-        q = x * (2.0**23 + 1)
-        first = (q - q * (1 - 2.0**-24)).abs()
-    else:
-        first = (x.view(torch.int32) & 0x7F800000).view(torch.float32)
+    first = first_by_rounding(x) if x.device.type == "cpu" else first_by_bits(x)
     return (first * 2.0 ** (1 - bits)).clamp_min(least)
+
+
+def first_by_rounding(x: Tensor) -> Tensor:
+    """2**floor(log2 |x|) by Rump, Ogita and Oishi 2008 (Accurate floating-point summation I), for a compiler that keeps every rounding.
+
+    torch's compiler for CPUs does, and does not vectorize bit casts; the one for GPUs fuses multiplications with additions.
+    """
+    q = x * (2.0**23 + 1)
+    return (q - q * (1 - 2.0**-24)).abs()
+
+
+def first_by_bits(x: Tensor) -> Tensor:
+    """The same from the exponent's bits."""
+    return (x.view(torch.int32) & 0x7F800000).view(torch.float32)
 
 
 def stochastic(base: Tensor, change: Tensor, dither: Tensor, dtype: torch.dtype) -> Tensor:

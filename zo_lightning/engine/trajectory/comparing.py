@@ -73,6 +73,21 @@ def differs(optimizer: ZOOptimizer, log: Log) -> str | None:
     return None
 
 
+def check_same(optimizer: ZOOptimizer, folder: str | os.PathLike[str]) -> None:
+    """Before a checkpoint replaces what the script has set: raise ValueError where the run in `folder` did not begin with the same."""
+    path = Path(folder) / NAME
+    if not path.exists():
+        return
+    log = read_log(path)
+    problem = differs(optimizer, log) if log.segments[0].step == optimizer.steps else None
+    if problem is not None:
+        raise ValueError(
+            f"The run in {folder} was cut off and has checkpoints to go on from, but it was another one: {problem}. Set it as it was, name "
+            "the checkpoint to go on from (ckpt_path, resume_from_checkpoint), or begin anew, with TrajectoryLog(resume=False) or another "
+            "folder."
+        )
+
+
 def noted_path(folder: Path, path: str) -> str:
     """A checkpoint's path as the log keeps it: relative where it lies in the log's folder, which may be moved."""
     if "://" in path:

@@ -188,7 +188,7 @@ class Trajectory(Journal):
         base = f"base-{optimizer.steps:08d}-{fingerprint[:8]}.safetensors" if self._save_base else None
         if first:
             self.folder.mkdir(parents=True, exist_ok=True)
-        if base is not None and first and not (self.folder / base).exists():
+        if base is not None and first:
             save_base(self.folder / base, trained)
         optimizer.masters.clear()  # a replay begins with the weights alone
         return describe(optimizer, fingerprint, frozen, base)
@@ -262,7 +262,7 @@ class Trajectory(Journal):
 
     def append(self, record: StepRecord) -> None:
         if self._writer is not None:
-            traces = record.traces or record.idle > 0 if self._traces is None else self._traces  # windows without a loss were evaluated once
+            traces = record.traces or record.idle > 0 if self._traces is None else self._traces  # idle windows have a first one
             self._writer.append(dataclasses.replace(record, traces=traces))
 
     def remember(self, optimizer: ZOOptimizer) -> None:

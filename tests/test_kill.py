@@ -1,0 +1,65 @@
+"""SIGKILL in the middle of everything: the short form of benchmarks/kill_resume.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="needs fork and SIGKILL"), pytest.mark.xdist_group("kill")]
+ROOT = Path(__file__).parent.parent
+
+WITHOUT_RECALL = """
+import sys
+sys.path.insert(0, "benchmarks")
+from zo_lightning.engine.trajectory.keeper import Trajectory
+begin = Trajectory.begin
+
+def forgetful(self, optimizer, resume="auto"):
+    begin(self, optimizer, resume)
+    self._ahead.clear()  # as if the steps after the checkpoint had never been made
+    self._writer.close()
+    self._writer = None
+
+Trajectory.begin = forgetful
+import kill_resume
+result = kill_resume.main(sys.argv[1:])
+sys.exit(any(row["different"] for row in result["hosts"].values()))
+"""
+
+
+def harness(tmp_path: Path, *arguments: str, code: str | None = None) -> tuple[int, dict[str, Any]]:
+    """Its exit status and what it measured."""
+    result = tmp_path / "result.json"
+    start = [str(ROOT / "benchmarks" / "kill_resume.py")] if code is None else ["-c", code]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ZO_LIGHTNING_COMPILE": "0"}
+    command = [sys.executable, *start, *arguments, "--json", str(result)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.exists(), done.stdout + done.stderr
+    measured: dict[str, Any] = json.loads(result.read_text())
+    return done.returncode, measured
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--kills", "4"), ("--kills", "3", "--logs", "--seed", "1"), ("--kills", "3", "--weights", "inplace", "--dtype", "bfloat16", "--seed", "2")],
+    ids=["plain", "logged values", "bfloat16 in place"],
+)
+def test_killed_runs_end_as_the_whole_one(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    status, measured = harness(tmp_path, *arguments)
+    assert (status, set(measured["hosts"])) == (0, {"lightning", "hf"})
+    for row in measured["hosts"].values():
+        assert sum(row["kills"].values()) >= int(arguments[1])
+        assert row["different"] == []
+    assert any(place != "any time" for row in measured["hosts"].values() for place in row["kills"])
+
+
+def test_the_harness_sees_runs_that_forget_their_steps(tmp_path: Path) -> None:
+    status, measured = harness(tmp_path, "--hosts", "lightning", "--kills", "6", "--seed", "5", code=WITHOUT_RECALL)
+    assert status == 1
+    assert measured["hosts"]["lightning"]["different"]
