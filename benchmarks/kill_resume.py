@@ -42,6 +42,7 @@ from zo_lightning.callbacks import TrajectoryLog
 from zo_lightning.engine.evaluation import Evaluator
 from zo_lightning.engine.residency import Residency
 from zo_lightning.engine.trajectory import writer
+from zo_lightning.engine.trajectory.comparing import NAME
 from zo_lightning.hf_integration import ZOConfig, ZOTrainer
 
 STEPS, EVERY, BATCH = 30, 7, 4
@@ -72,11 +73,18 @@ class Classifier(L.LightningModule):
         return [optimizer], [{"scheduler": torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-2, STEPS), "interval": "step"}]
 
 
+def weights_seed(folder: Path) -> int:
+    """A run that is started again makes other weights: those that it goes on with are on the disk, or it ends differently."""
+    return random.SystemRandom().getrandbits(30) if (folder / NAME).exists() else 0
+
+
 def lightning_run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """An ordinary script; the final state."""
     torch.manual_seed(0)
     data = TensorDataset(torch.randn(44, 8), torch.randint(0, 3, (44,)))
+    torch.manual_seed(weights_seed(folder))
     module = Classifier(options.logs)
+    torch.manual_seed(1)
     watching: list[Any] = [TrajectoryLog(), ModelCheckpoint(every_n_train_steps=EVERY, save_top_k=2, monitor="step", mode="max")]
     trainer = L.Trainer(
         strategy=ZOStrategy(weights=options.weights, eps=1e-2),
@@ -99,10 +107,11 @@ def lightning_run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 def hf_run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The same with a ZOTrainer over a small GPT-2."""
-    transformers.set_seed(0)
+    transformers.set_seed(weights_seed(folder))
     shape: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 40, "n_positions": 16}
     model: Any = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, bos_token_id=0, eos_token_id=0))
     model = model.to(torch.bfloat16 if options.dtype == "bfloat16" else torch.float32)
+    transformers.set_seed(1)
     rows = [{"input_ids": row, "labels": row} for row in torch.randint(0, 40, (44, 8))]
     args = ZOConfig(
         str(folder),

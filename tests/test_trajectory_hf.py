@@ -23,6 +23,8 @@ CHANGED = pytest.mark.filterwarnings(r"ignore:Before step \d+ the trained weight
 LORA = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 pytestmark = [CHANGED, LORA, pytest.mark.filterwarnings(r"ignore:The run in .* was cut off:zo_lightning.engine.messages.ZOWarning")]
 LOG = "trajectory.zolog"
+UNLIKE = ("train_runtime", "eval_runtime", "train_loss", "total_flos")
+"""What the host measures anew, or takes the mean of over the steps since its last start."""
 
 
 class CutError(Exception):
@@ -90,7 +92,7 @@ def train(folder: Path, cut: int | None = None, seed: int = 1, kind: str = "bert
     engine = host.zo_optimizer
     result |= {"weights": weights(host.model), "zo": engine.state_dict()["zo"], "lr": [g["lr"] for g in engine.param_groups]}
     result |= {"step": host.state.global_step, "epoch": host.state.epoch, "best": host.state.best_metric}
-    result["log"] = [{k: v for k, v in entry.items() if "runtime" not in k and "per_second" not in k} for entry in host.state.log_history]
+    result["log"] = [{k: v for k, v in entry.items() if k not in UNLIKE and "per_second" not in k} for entry in host.state.log_history]
     return result
 
 
@@ -102,7 +104,12 @@ CASES: dict[str, dict[str, Any]] = {
     "accumulation": {**SAVES, "gradient_accumulation_steps": 3},
     "accumulation in place": {"gradient_accumulation_steps": 2, "zo_weights": "inplace"},
     "evaluations": {**SAVES, **EVALUATES, "eval_steps": 2},
-    "plateau": {**SAVES, **EVALUATES, "lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0, "threshold": 0.5}},
+    "plateau": {
+        **SAVES,
+        **EVALUATES,
+        "lr_scheduler_type": "reduce_lr_on_plateau",
+        "lr_scheduler_kwargs": {"patience": 0, "threshold": 0.5},
+    },
     "bfloat16": {**SAVES, "kind": "bfloat16"},
     "bfloat16 in place": {"kind": "bfloat16", "zo_weights": "inplace"},
     "lora": {**SAVES, "kind": "lora"},

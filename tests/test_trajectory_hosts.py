@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import hf_tools
 import lightning_models
 import pytest
 import torch
-import transformers
 from keeper_tools import equal
 from lightning_models import HOST_WARNINGS, NAMES, lightning, lit, loader, loss_of, net
-from peft import LoraConfig, get_peft_model
-from transformers import EarlyStoppingCallback, TrainerCallback
 
 from zo_lightning.callbacks import Run, TrajectoryLog, ZOCallback, ZOMonitor
 from zo_lightning.engine import StepReport
@@ -69,7 +64,9 @@ def module(name: str, seed: int, **options: Any) -> Any:
         if plateau:
             schedule: Any = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=0.5)
             return [optimizer], [{"scheduler": schedule, "monitor": plateau}]
-        return [optimizer], [{"scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.95), "interval": options.get("interval", "step")}]
+        return [optimizer], [
+            {"scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.95), "interval": options.get("interval", "step")}
+        ]
 
     model = net()
     with torch.no_grad():
@@ -95,7 +92,10 @@ class Counting:
 def fit(folder: Path, cut: int | None = None, seed: int = 1, name: str = NAMES[0], **options: Any) -> dict[str, Any]:
     """An ordinary script; what it ends with."""
     callbacks = [options.pop("log", None) or TrajectoryLog(), Scissors(cut, options.pop("error", CutError)), *options.pop("callbacks", [])]
-    every, own = options.pop("save", None), {key: options.pop(key) for key in ("interval", "logs", "plateau", "dtype", "output") if key in options}
+    every, own = (
+        options.pop("save", None),
+        {key: options.pop(key) for key in ("interval", "logs", "plateau", "dtype", "output") if key in options},
+    )
     strategy = ZOStrategy(**{"eps": 1e-2, **options.pop("zo", {})})
     if monitor := options.pop("monitor", None):
         callbacks.append(lightning(name).callbacks.ModelCheckpoint(monitor=monitor, save_top_k=-1))

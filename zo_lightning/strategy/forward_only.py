@@ -38,6 +38,7 @@ class ForwardOnly(Bindable):
         self._zo_data: DataOrder | None = None
         self._zo_events: Events | None = None
         self._zo_loop: Any = None
+        self._zo_metrics: dict[str, Any] = {}
         self._zo_resumed = False
         """By itself, not by a path that the user gave."""
 
@@ -167,6 +168,8 @@ class ForwardOnly(Bindable):
             return
         if engine.steps == 0 and trainer.global_step > 0:
             engine.steps = trainer.global_step  # weights of another run: the seeds of its first steps are used up
+        metrics, self._zo_metrics = self._zo_metrics, {}
+        trainer._logger_connector._callback_metrics.update(metrics)  # of the last validation, which monitors look at before the next
         self._zo_data.attach()
         if self._zo_host is not None:
             self._zo_host.sync()
@@ -211,7 +214,9 @@ class ForwardOnly(Bindable):
         """Add the engine's state and the order of the data, unless only weights are saved."""
         events: AbstractContextManager[None] = nullcontext()
         if self._zo_host is not None and self._zo_data is not None and "optimizer_states" in checkpoint:
-            checkpoint[STATE] = {"engine": self._zo_host.engine.state_dict(), "data": self._zo_gather(self._zo_data.state())}
+            metrics = {key: torch.as_tensor(value).detach().cpu().clone() for key, value in self._zo_trainer.callback_metrics.items()}
+            data = self._zo_gather(self._zo_data.state())
+            checkpoint[STATE] = {"engine": self._zo_host.engine.state_dict(), "data": data, "metrics": metrics}
             if self._zo_events is not None and loses_nothing(self._zo_trainer):
                 events = self._zo_events.checkpoint(str(filepath))
         with events:
@@ -230,5 +235,6 @@ class ForwardOnly(Bindable):
         saved = checkpoint.get(STATE)
         if saved is not None:
             self._zo_host.engine.load_state_dict(saved["engine"])
+        self._zo_metrics = {} if saved is None else saved.get("metrics", {})
         ranks = [] if saved is None else saved["data"]
         self._zo_data.load(ranks[self.global_rank] if len(ranks) == self.world_size else None)

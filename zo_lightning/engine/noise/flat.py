@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from zo_lightning.engine.noise.base import Drawn, Noise, Stretch
-from zo_lightning.engine.noise.compiling import kernel
-from zo_lightning.engine.noise.rounding import dither, stochastic
+from zo_lightning.engine.noise.rounding import dither, fused_stochastic, stochastic
 
 
 class Small:
@@ -38,9 +37,6 @@ class Small:
             out.copy_(piece.view(out.shape))
 
 
-_stochastic = kernel(stochastic)
-
-
 def step_flat(
     small: Small,
     base: Tensor,
@@ -61,7 +57,7 @@ def step_flat(
     if not keys[0].rounded:
         return (wide * _cast(decay, small.compute)).add_(total)
     dithered = dither(table, _whole(small, keys, keys[0].terms), fused)
-    rounded = _stochastic if fused else stochastic
+    rounded = fused_stochastic if fused else stochastic
     result: Tensor = rounded(wide, wide * _cast(decay - 1.0, small.compute) + total, dithered, small.dtype)
     return result
 

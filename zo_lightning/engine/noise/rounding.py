@@ -70,6 +70,10 @@ def stochastic(base: Tensor, change: Tensor, dither: Tensor, dtype: torch.dtype)
     return near + ((rest + magic) - magic)
 
 
+fused_stochastic = kernel(stochastic)
+"""The same in one compiled pass."""
+
+
 def dither(keys: Tensor, stretches: Sequence[Stretch], fused: bool = False) -> Tensor:
     """float32 in [-1/2, 1/2] for every element of the stretches, concatenated; `keys` as for `Noise.values`."""
     blocks = [(row, first // BLOCK, (first + length - 1) // BLOCK - first // BLOCK + 1) for row, first, length in stretches]

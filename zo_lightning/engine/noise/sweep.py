@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from zo_lightning.engine.noise.base import Drawn, Noise, constants
-from zo_lightning.engine.noise.compiling import available
+from zo_lightning.engine.noise.compiling import available, dispatch
 from zo_lightning.engine.noise.flat import Small, step_flat
-from zo_lightning.engine.noise.rounding import BLOCK, dither, dither_at, rounds, settle, stochastic
+from zo_lightning.engine.noise.rounding import BLOCK, dither, dither_at, fused_stochastic, rounds, settle
 from zo_lightning.engine.seeds import stream
 
 SMALL = 1 << 15
@@ -129,7 +129,7 @@ def _combine(item: Item, out: Tensor, base: Tensor, drawn: Sequence[Tensor], dit
         total = z.to(dtype) * c if j == 0 else total.add_(z.to(dtype) * c)
     if dithered is not None:
         wide = base.float()
-        out.copy_(stochastic(wide, wide * (item.decay - 1.0) + total, dithered, base.dtype))
+        out.copy_(dispatch(fused_stochastic, base.device)(wide, wide * (item.decay - 1.0) + total, dithered, base.dtype))
     elif item.decay == 1.0 and out.shape == base.shape:
         torch.add(base, total, out=out)
     else:
@@ -140,7 +140,7 @@ def _rows(item: Item, rows: Tensor, drawn: Drawn, noise: Noise) -> None:
     """Some rows of a matrix, for a lookup that reads no others."""
     width = item.base.shape[1]
     rows = rows.flatten()
-    for some in rows.split(max(1, PACK // width)):
+    for some in rows.split(max(1, PACK // 8 // width)):  # there are some ten temporary tensors of this size
         index = some[:, None] * width + torch.arange(width, device=rows.device)
         base = item.base[some]
         out = torch.empty_like(base)
