@@ -41,7 +41,7 @@ from zo_lightning import ZOStrategy
 from zo_lightning.callbacks import TrajectoryLog
 from zo_lightning.engine.evaluation import Evaluator
 from zo_lightning.engine.residency import Residency
-from zo_lightning.engine.trajectory import writer
+from zo_lightning.engine.trajectory import read_log, writer
 from zo_lightning.engine.trajectory.comparing import NAME
 from zo_lightning.hf_integration import ZOConfig, ZOTrainer
 
@@ -195,6 +195,8 @@ def die_inside(place: str, occurrence: int) -> None:
 
         def saved(thing: Any, file: Any, *args: Any, **kwargs: Any) -> None:
             save(thing, file, *args, **kwargs)
+            if isinstance(file, Path) and file.suffix == ".tmp":  # the result, which comes after the run
+                return
             if now():
                 if isinstance(file, (str, os.PathLike)):
                     os.truncate(file, os.path.getsize(file) // 2)
@@ -247,8 +249,11 @@ def uninterrupted(host: str, folder: Path, options: argparse.Namespace) -> tuple
 
 def trial(
     host: str, folder: Path, options: argparse.Namespace, seconds: float, dice: random.Random, places: Counter[str]
-) -> dict[str, Any]:
-    """One run that is killed at least once and started again until it ends; its result. `places` counts the kills that came to pass."""
+) -> dict[str, Any] | None:
+    """One run that is killed and started again until it ends; its result. `places` counts the kills that came to pass.
+
+    None where a kill came after the end of the run and before its result was saved: such a run is not continued, but begun anew.
+    """
     kills = 0
     for attempt in range(50):
         aimed = dice.random() < 0.5 and attempt < 3
@@ -271,9 +276,16 @@ def trial(
             raise RuntimeError(f"A continued run failed:\n{(folder.parent / f'{folder.name}.out').read_text()[-4000:]}")
         else:
             break
+        if over(folder):
+            return None
     result: dict[str, Any] = torch.load(folder.parent / f"{folder.name}.pt")
     result["kills"] = kills
     return result
+
+
+def over(folder: Path) -> bool:
+    """Whether the log says that the run ended by itself."""
+    return (folder / NAME).exists() and read_log(folder / NAME).end is not None
 
 
 def differing(left: dict[str, Any], right: dict[str, Any]) -> list[str]:
@@ -292,7 +304,7 @@ def measure(host: str, options: argparse.Namespace, root: Path) -> dict[str, Any
         folder = root / f"{host}-{runs}"
         folder.mkdir()
         got = trial(host, folder, options, seconds, dice, places)
-        wrong = differing(right, got)
+        wrong = differing(right, got) if got is not None else []
         bad += [f"run {runs}: {', '.join(wrong)}"] if wrong else []
         runs += 1
         if not wrong:

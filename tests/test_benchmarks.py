@@ -37,7 +37,8 @@ def test_step_cost_measures_all_contenders(tmp_path: Path) -> None:
     result = json.loads(out.read_text())
     engine = {f"engine {weights} {noise}" for weights in ("exact", "inplace") for noise in ("rademacher", "gaussian")}
     hosts = {f"{host} {noise}" for host in ("lightning", "hf") for noise in ("rademacher", "gaussian")}
-    assert set(result["times"]) == {"two forwards", "mezo loop", "lightning, idle step", "hf, idle step"} | engine | hosts
+    apart = {f"engine inplace apart {noise}" for noise in ("rademacher", "gaussian")}
+    assert set(result["times"]) == {"two forwards", "mezo loop", "lightning, idle step", "hf, idle step"} | engine | hosts | apart
     assert result["times"]["two forwards"]["over_two_forwards"] == 1
     assert all(row["steps"] >= 6 for row in result["times"].values())
     assert result["environment"]["torch"] == torch.__version__

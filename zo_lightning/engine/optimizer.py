@@ -177,9 +177,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         if losses:
             window.add(losses, weight)
         window.seconds += time.perf_counter() - began
-        if not losses:
-            return Estimate(None, None)
-        return Estimate(output, torch.stack(losses).mean() * weight)
+        return Estimate(output, torch.stack(losses).mean() * weight) if losses else Estimate(None, None)
 
     def leaves_traces(self) -> None:
         """Say of the evaluations since the last update that they left something (a logged value) which a resumed run must make again."""

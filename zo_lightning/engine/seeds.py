@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import struct
 
@@ -33,6 +34,7 @@ def rounding_seed(run_seed: int, step: int) -> int:
     return int.from_bytes(_digest(b"zo.round", run_seed, step)[:8], "little") >> 1
 
 
+@functools.lru_cache(maxsize=1 << 13)
 def stream(seed: int, key: int, label: bytes = b"zo.noise") -> tuple[int, int, int]:
     """Three signed 32-bit words that select the stream of one (seed, parameter key); another `label` is another family of streams.
 

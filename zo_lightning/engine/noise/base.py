@@ -87,11 +87,28 @@ def counters(keys: Tensor, stretches: Sequence[tuple[int, int, int]]) -> tuple[T
         row, first, count = stretches[0]
         k = keys[row]
         return _arange(first, count, device), k[2], k[0], k[1]
-    lengths = torch.tensor([count for _, _, count in stretches], device=device)
-    rows = torch.tensor([row for row, _, _ in stretches], device=device)
-    table = keys[rows].repeat_interleave(lengths, dim=0)
-    c0 = torch.cat([_arange(first, count, device) for _, first, count in stretches])
+    c0, owner = _layout(tuple((first, count) for _, first, count in stretches), device)
+    table = keys[torch.tensor([row for row, _, _ in stretches], device=device)][owner]
     return c0, table[:, 2], table[:, 0], table[:, 1]
+
+
+@functools.lru_cache(maxsize=64)
+def _layout(ranges: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """All counters of the ranges (first, how many), and which range each is of; the blocks of a model have the same ones."""
+    lengths = torch.tensor([count for _, count in ranges], device=device)
+    c0 = torch.cat([_arange(first, count, device) for first, count in ranges])
+    return c0, torch.arange(len(ranges), device=device).repeat_interleave(lengths)
+
+
+def pieces(values: Tensor, block: int, stretches: Sequence[Stretch]) -> Tensor:
+    """Of the values of whole blocks, one stretch after another, those that are in the stretches."""
+    if all(first % block == 0 and length % block == 0 for _, first, length in stretches):
+        return values
+    found, at = [], 0
+    for _, first, length in stretches:
+        found.append(values[at + first % block : at + first % block + length])
+        at += ((first + length - 1) // block - first // block + 1) * block
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def _arange(first: int, count: int, device: torch.device) -> Tensor:

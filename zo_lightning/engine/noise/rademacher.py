@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from zo_lightning.engine.noise.base import Noise, Stretch, constants, counters
+from zo_lightning.engine.noise.base import Noise, Stretch, constants, counters, pieces
 from zo_lightning.engine.noise.compiling import dispatch, kernel
-from zo_lightning.engine.noise.rounding import dither, pairs_into, spread, stochastic
+from zo_lightning.engine.noise.rounding import dither, lanes, pairs_into, spread, stochastic
 from zo_lightning.engine.noise.threefry import fused_threefry, threefry
 
 _CHUNK = 1 << 22
@@ -45,20 +45,22 @@ def _add_signs_(weights: Tensor, words: Tensor, first: Tensor, key: Tensor, scal
 
 @kernel
 def _round_signs(
-    out: Tensor, base: Tensor, words: Tensor, pairs: Tensor, first: Tensor, key: Tensor, round_key: Tensor, scalars: Tensor
+    out: Tensor, base: Tensor, words: Tensor, pairs: Tensor, lane: Tensor, first: Tensor, key: Tensor, round_key: Tensor, scalars: Tensor
 ) -> None:
     _words_into(words, first, key)
     pairs_into(pairs, first, round_key)
     wide = base.float()
-    out.copy_(stochastic(wide, wide * scalars[0] + _signed(words, scalars[1]), spread(pairs), out.dtype))
+    out.copy_(stochastic(wide, wide * scalars[0] + _signed(words, scalars[1]), spread(pairs, lane), out.dtype))
 
 
 @kernel
-def _round_signs_(weights: Tensor, words: Tensor, pairs: Tensor, first: Tensor, key: Tensor, round_key: Tensor, scalars: Tensor) -> None:
+def _round_signs_(
+    weights: Tensor, words: Tensor, pairs: Tensor, lane: Tensor, first: Tensor, key: Tensor, round_key: Tensor, scalars: Tensor
+) -> None:
     _words_into(words, first, key)
     pairs_into(pairs, first, round_key)
     wide = weights.float()
-    weights.copy_(stochastic(wide, wide * scalars[0] + _signed(words, scalars[1]), spread(pairs), weights.dtype))
+    weights.copy_(stochastic(wide, wide * scalars[0] + _signed(words, scalars[1]), spread(pairs, lane), weights.dtype))
 
 
 @kernel
@@ -85,14 +87,7 @@ class Rademacher(Noise):
         words = torch.stack((fused_threefry if fused else threefry)(*counters(keys, blocks)), dim=-1).view(-1)
         # view(uint8) takes the bytes of a word from the lowest up, as every machine that torch runs on stores them
         signs = _byte_signs(dtype, keys.device).index_select(0, words.view(torch.uint8).int()).view(-1)
-        if len(stretches) == 1:
-            skip = stretches[0].first % 64
-            return signs[skip : skip + stretches[0].length]
-        pieces, at = [], 0
-        for (_, start, count), (_, _, length) in zip(stretches, blocks, strict=True):
-            pieces.append(signs[at + start % 64 : at + start % 64 + count])
-            at += length * 64
-        return torch.cat(pieces)
+        return pieces(signs, 64, stretches)
 
     def at(self, index: Tensor, key: Tensor) -> Tensor:
         z: Tensor = dispatch(_sign_at, index.device)(index, key)
@@ -118,15 +113,16 @@ class Rademacher(Noise):
         whole = base.numel() // 64 * 64
         words = torch.empty(2 * min(whole, _CHUNK) // 64, dtype=torch.int32, device=base.device)
         pairs = torch.empty(2 * min(whole, _CHUNK) // 64, device=base.device)
+        lane = lanes(base.device).view(2, 32)
         for begin in range(0, whole, _CHUNK):
             end = min(begin + _CHUNK, whole)
             first = constants((start + begin) // 64, torch.int32, key.device)
             count = (end - begin) // 32
             target, drawn, dithers = out[begin:end].view(-1, 2, 32), words[:count].view(2, -1), pairs[:count].view(2, -1)
             if out is base:
-                _round_signs_(target, drawn, dithers, first, key, round_key, scalars)
+                _round_signs_(target, drawn, dithers, lane, first, key, round_key, scalars)
             else:
-                _round_signs(target, base[begin:end].view(-1, 2, 32), drawn, dithers, first, key, round_key, scalars)
+                _round_signs(target, base[begin:end].view(-1, 2, 32), drawn, dithers, lane, first, key, round_key, scalars)
         if whole < base.numel():
             tail = [Stretch(0, start + whole, base.numel() - whole)]
             wide = base[whole:].float()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from zo_lightning.engine.noise.base import Stretch, counters
+from zo_lightning.engine.noise.base import Stretch, counters, pieces
 from zo_lightning.engine.noise.compiling import dispatch, kernel
 from zo_lightning.engine.noise.threefry import fused_threefry, threefry
 
@@ -34,6 +35,10 @@ def _lane(a: Tensor, b: Tensor, lane: Tensor) -> Tensor:
     x = a * lane
     x = (x - x.floor()) + b
     return x - x.round()
+
+
+fused_lane = kernel(_lane)
+"""The same in one compiled pass."""
 
 
 def spacing(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -78,16 +83,14 @@ def dither(keys: Tensor, stretches: Sequence[Stretch], fused: bool = False) -> T
     """float32 in [-1/2, 1/2] for every element of the stretches, concatenated; `keys` as for `Noise.values`."""
     blocks = [(row, first // BLOCK, (first + length - 1) // BLOCK - first // BLOCK + 1) for row, first, length in stretches]
     a, b = _pairs(*(fused_threefry if fused else threefry)(*counters(keys, blocks)))
-    every = _lane(a[:, None], b[:, None], _lanes(keys.device)).view(-1)
-    pieces, at = [], 0
-    for (_, first, length), (_, _, count) in zip(stretches, blocks, strict=True):
-        pieces.append(every[at + first % BLOCK : at + first % BLOCK + length])
-        at += count * BLOCK
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    every = (fused_lane if fused else _lane)(a[:, None], b[:, None], lanes(keys.device)).view(-1)
+    return pieces(every, BLOCK, stretches)
 
 
-def _lanes(device: torch.device) -> Tensor:
-    return torch.arange(BLOCK, dtype=torch.int32, device=device).float()
+@functools.cache
+def lanes(device: torch.device) -> Tensor:
+    """0, 1, ..., 63 in float32. Kernels take it as an argument: made inside, it costs them as much as the rest of the dither."""
+    return torch.arange(BLOCK, device=device).float()
 
 
 def dither_at(index: Tensor, key: Tensor) -> Tensor:
@@ -110,23 +113,25 @@ def pairs_into(pairs: Tensor, first: Tensor, key: Tensor) -> None:
     pairs[1].copy_(b)
 
 
-def spread(pairs: Tensor) -> Tensor:
-    """(n, 2, 32): the dither of n blocks from their pairs."""
-    return _lane(pairs[0][:, None, None], pairs[1][:, None, None], _lanes(pairs.device).view(2, 32))
+def spread(pairs: Tensor, lane: Tensor) -> Tensor:
+    """(n, 2, 32): the dither of n blocks from their pairs, for `lane` (2, 32), which are `lanes`."""
+    return _lane(pairs[0][:, None, None], pairs[1][:, None, None], lane)
 
 
 @kernel
-def _settle_blocks(out: Tensor, base: Tensor, total: Tensor, pairs: Tensor, first: Tensor, key: Tensor, shrink: Tensor) -> None:
+def _settle_blocks(
+    out: Tensor, base: Tensor, total: Tensor, pairs: Tensor, lane: Tensor, first: Tensor, key: Tensor, shrink: Tensor
+) -> None:
     pairs_into(pairs, first, key)
     wide = base.float()
-    out.copy_(stochastic(wide, wide * shrink + total, spread(pairs), out.dtype))
+    out.copy_(stochastic(wide, wide * shrink + total, spread(pairs, lane), out.dtype))
 
 
 @kernel
-def _settle_blocks_(weights: Tensor, total: Tensor, pairs: Tensor, first: Tensor, key: Tensor, shrink: Tensor) -> None:
+def _settle_blocks_(weights: Tensor, total: Tensor, pairs: Tensor, lane: Tensor, first: Tensor, key: Tensor, shrink: Tensor) -> None:
     pairs_into(pairs, first, key)
     wide = weights.float()
-    weights.copy_(stochastic(wide, wide * shrink + total, spread(pairs), weights.dtype))
+    weights.copy_(stochastic(wide, wide * shrink + total, spread(pairs, lane), weights.dtype))
 
 
 def settle(out: Tensor, base: Tensor, total: Tensor, key: Tensor, start: int, shrink: Tensor, first: Tensor) -> None:
@@ -137,11 +142,11 @@ def settle(out: Tensor, base: Tensor, total: Tensor, key: Tensor, start: int, sh
     whole = base.numel() // BLOCK * BLOCK
     if whole:
         pairs = torch.empty(2, whole // BLOCK, device=base.device)
-        target, given = out[:whole].view(-1, 2, 32), total[:whole].view(-1, 2, 32)
+        target, given, lane = out[:whole].view(-1, 2, 32), total[:whole].view(-1, 2, 32), lanes(base.device).view(2, 32)
         if out is base:
-            _settle_blocks_(target, given, pairs, first, key, shrink)
+            _settle_blocks_(target, given, pairs, lane, first, key, shrink)
         else:
-            _settle_blocks(target, base[:whole].view(-1, 2, 32), given, pairs, first, key, shrink)
+            _settle_blocks(target, base[:whole].view(-1, 2, 32), given, pairs, lane, first, key, shrink)
     if whole < base.numel():
         drawn = dither(key[None], [Stretch(0, start + whole, base.numel() - whole)])
         wide = base[whole:].float()
