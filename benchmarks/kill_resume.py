@@ -46,7 +46,8 @@ from zo_lightning.engine.trajectory.comparing import NAME
 from zo_lightning.hf_integration import ZOConfig, ZOTrainer
 
 STEPS, EVERY, BATCH = 30, 7, 4
-PLACES = ("forward", "update", "record", "checkpoint")
+PLACES = {"forward": 2 * STEPS, "update": STEPS, "record": STEPS, "checkpoint": 9}
+"""What is interrupted in the middle, and at most how many of it a run has."""
 
 
 class Classifier(L.LightningModule):
@@ -78,6 +79,11 @@ def weights_seed(folder: Path) -> int:
     return random.SystemRandom().getrandbits(30) if (folder / NAME).exists() else 0
 
 
+def step_log(folder: Path) -> TrajectoryLog:
+    """A run that was killed between its end and the script's own saving is continued as well."""
+    return TrajectoryLog(resume=True if over(folder) else "auto")
+
+
 def lightning_run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """An ordinary script; the final state."""
     torch.manual_seed(0)
@@ -85,7 +91,7 @@ def lightning_run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(weights_seed(folder))
     module = Classifier(options.logs)
     torch.manual_seed(1)
-    watching: list[Any] = [TrajectoryLog(), ModelCheckpoint(every_n_train_steps=EVERY, save_top_k=2, monitor="step", mode="max")]
+    watching: list[Any] = [step_log(folder), ModelCheckpoint(every_n_train_steps=EVERY, save_top_k=2, monitor="step", mode="max")]
     trainer = L.Trainer(
         strategy=ZOStrategy(weights=options.weights, eps=1e-2),
         precision="bf16-true" if options.dtype == "bfloat16" else "32-true",
@@ -133,7 +139,7 @@ def hf_run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         zo_weights=options.weights,
         zo_eps=1e-2,
     )
-    trainer = ZOTrainer(model, args, train_dataset=rows, eval_dataset=rows[:8], callbacks=[TrajectoryLog()])
+    trainer = ZOTrainer(model, args, train_dataset=rows, eval_dataset=rows[:8], callbacks=[step_log(folder)])
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
     optimizer = trainer.zo_optimizer
@@ -249,18 +255,15 @@ def uninterrupted(host: str, folder: Path, options: argparse.Namespace) -> tuple
 
 def trial(
     host: str, folder: Path, options: argparse.Namespace, seconds: float, dice: random.Random, places: Counter[str]
-) -> dict[str, Any] | None:
-    """One run that is killed and started again until it ends; its result. `places` counts the kills that came to pass.
-
-    None where a kill came after the end of the run and before its result was saved: such a run is not continued, but begun anew.
-    """
+) -> dict[str, Any]:
+    """One run that is killed and started again until it ends; its result. `places` counts the kills that came to pass."""
     kills = 0
     for attempt in range(50):
-        aimed = dice.random() < 0.5 and attempt < 3
+        aimed = (options.places is not None or dice.random() < 0.5) and attempt < 3
         plan = None
         if aimed:
-            place = dice.choice(PLACES)
-            plan = (place, dice.randint(1, {"forward": 2 * STEPS, "update": STEPS, "record": STEPS, "checkpoint": 9}[place]))
+            place = dice.choice(options.places or list(PLACES))
+            plan = (place, dice.randint(1, PLACES[place]))
         pid = child(host, folder, options, plan)
         timed = not aimed and attempt < 3
         status = finished(pid, dice.uniform(0.0, seconds) if timed else 600)
@@ -276,8 +279,6 @@ def trial(
             raise RuntimeError(f"A continued run failed:\n{(folder.parent / f'{folder.name}.out').read_text()[-4000:]}")
         else:
             break
-        if over(folder):
-            return None
     result: dict[str, Any] = torch.load(folder.parent / f"{folder.name}.pt")
     result["kills"] = kills
     return result
@@ -304,7 +305,7 @@ def measure(host: str, options: argparse.Namespace, root: Path) -> dict[str, Any
         folder = root / f"{host}-{runs}"
         folder.mkdir()
         got = trial(host, folder, options, seconds, dice, places)
-        wrong = differing(right, got) if got is not None else []
+        wrong = differing(right, got)
         bad += [f"run {runs}: {', '.join(wrong)}"] if wrong else []
         runs += 1
         if not wrong:
@@ -319,6 +320,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--hosts", nargs="+", choices=tuple(RUNS), default=list(RUNS))
     parser.add_argument("--kills", type=int, default=100, help="in each host")
+    parser.add_argument("--places", nargs="+", choices=tuple(PLACES), default=None, help="only in the middle of these, at no random time")
     parser.add_argument("--weights", choices=("exact", "copy", "inplace", "auto"), default="exact")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--logs", action=argparse.BooleanOptionalAction, default=False, help="BatchNorm, logged losses, accumulation")

@@ -62,8 +62,11 @@ class ZOCallback:
     def on_run_end(self, run: Run) -> None:
         """Training ended, also by an exception."""
 
-    def checkpoints(self, root: str) -> list[str]:
-        """Checkpoints to resume from where the user names none, the best first; the host takes the first that is complete."""
+    def checkpoints(self, root: str, max_steps: int) -> list[str]:
+        """Checkpoints to resume from where the user names none, the best first; the host takes the first that is complete.
+
+        `max_steps`: where the run will end, -1 without such a limit.
+        """
         return []
 
     def on_resume(self, optimizer: ZOOptimizer, root: str) -> None:

@@ -26,8 +26,9 @@ class TrajectoryLog(ZOCallback):
         folder: of the log; None is the host's own (`output_dir`, `default_root_dir`).
         fsync: when the log is forced to the disk, for a machine that loses power (a killed process loses nothing anyway): "step", an
             integer n (every n steps), or "checkpoint" (also at the beginning and the end).
-        resume: "auto" continues a run that was cut off and begins a new log otherwise (the old one keeps another name); True raises
-            ValueError where there is none to continue; False always begins anew.
+        resume: "auto" continues a run that was cut off and begins a new log otherwise (the old one keeps another name); True also
+            continues a run that had ended by itself (it catches up, and ends or goes on as the script says now), and raises ValueError
+            where there is none to continue; False always begins anew.
         save_base: write the trained weights at the beginning, and when something else than a step changed them, as safetensors. Without
             them a run without a checkpoint can only be continued if the script makes the same weights again, and `undo` needs them given.
         evaluate: None makes first evaluations again where they left something behind; True always (for a training step that changes
@@ -57,8 +58,8 @@ class TrajectoryLog(ZOCallback):
     def _in(self, root: str) -> Path:
         return Path(root if self.folder is None else self.folder)
 
-    def checkpoints(self, root: str) -> list[str]:
-        return [] if self._resume is False else newest_checkpoint(self._in(root))
+    def checkpoints(self, root: str, max_steps: int) -> list[str]:
+        return [] if self._resume is False else newest_checkpoint(self._in(root), max_steps, ended=self._resume is True)
 
     def on_resume(self, optimizer: ZOOptimizer, root: str) -> None:
         check_same(optimizer, self._in(root))

@@ -99,7 +99,8 @@ class ZOBridge(TrainerCallback):
 
     def checkpoints(self) -> list[str]:
         """Folders to resume from that the callbacks know."""
-        return [path for listener in _listeners(self._trainer) for path in listener.checkpoints(str(self._trainer.args.output_dir))]
+        args = self._trainer.args
+        return [path for listener in _listeners(self._trainer) for path in listener.checkpoints(str(args.output_dir), args.max_steps)]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Training ended by itself."""

@@ -199,6 +199,29 @@ def test_a_finished_training_begins_anew_when_it_is_started_again(tmp_path: Path
     assert equal(again, whole)
 
 
+@pytest.mark.parametrize("options", [{}, SAVES, {**SAVES, **EVALUATES}], ids=["plain", "saves", "evaluations"])
+def test_a_finished_training_is_made_again_where_that_is_asked_for(options: dict[str, Any], tmp_path: Path) -> None:
+    whole = train(tmp_path, **options)
+    again = train(tmp_path, seed=7, log=TrajectoryLog(resume=True), **options)
+    assert same_end(again, whole)
+    assert len(list(tmp_path.glob("*.zolog"))) == 1
+
+
+def same_end(left: dict[str, Any], right: dict[str, Any]) -> bool:
+    keys = ("lr", "step", "epoch", "best")
+    return equal(left["weights"], right["weights"]) and [left[key] for key in keys] == [right[key] for key in keys]
+
+
+@pytest.mark.parametrize("steps", [11, 8])
+def test_a_kill_between_the_last_checkpoint_and_the_end_adds_no_step(steps: int, tmp_path: Path) -> None:
+    """The host itself makes a step beyond `max_steps` when it resumes at them in the middle of an epoch."""
+    options = {**SAVES, "max_steps": steps, "lr_scheduler_type": "constant"}
+    whole = train(tmp_path, **options)
+    path = tmp_path / LOG
+    path.write_bytes(path.read_bytes()[:-3])  # without its last record, which says that the run ended
+    assert same_end(train(tmp_path, seed=7, **options), whole)
+
+
 @pytest.mark.parametrize("save", [{}, SAVES])
 @pytest.mark.parametrize("change", [{"zo_seed": 3}, {"zo_eps": 0.5}, {"learning_rate": 1e-4, "warmup_steps": 0}, {"zo_noise": "gaussian"}])
 def test_options_that_were_changed_are_not_overruled_in_silence(change: dict[str, Any], save: dict[str, Any], tmp_path: Path) -> None:

@@ -229,6 +229,26 @@ def test_a_finished_fit_begins_anew_when_it_is_started_again(tmp_path: Path) -> 
     assert (tmp_path / "trajectory-001.zolog").exists()
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"save": 3}, {"save": 3, "val_check_interval": 3, "logs": True}], ids=["plain", "saves", "validations"]
+)
+@pytest.mark.parametrize("every", [3, 4])
+def test_a_finished_fit_is_made_again_where_that_is_asked_for(options: dict[str, Any], every: int, tmp_path: Path) -> None:
+    options = {**options, "save": every if "save" in options else None}
+    whole = fit(tmp_path, **options)
+    again = fit(tmp_path, seed=7, log=TrajectoryLog(resume=True), **options)
+    assert equal(again, whole)
+    assert len(list(tmp_path.glob("*.zolog"))) == 1
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_epochs": -1, "max_steps": 12}], ids=["epochs", "steps"])
+def test_a_kill_between_the_last_checkpoint_and_the_end_adds_no_step(limits: dict[str, int], tmp_path: Path) -> None:
+    whole = fit(tmp_path, save=4, limits=limits)
+    path = tmp_path / LOG
+    path.write_bytes(path.read_bytes()[:-3])  # without its last record, which says that the run ended
+    assert equal(fit(tmp_path, seed=7, save=4, limits=limits), whole)
+
+
 @pytest.mark.parametrize("save", [None, 3])
 @pytest.mark.parametrize("change", [{"seed": 3}, {"eps": 0.5}, {"lr": 1e-3}, {"noise": "gaussian"}])
 def test_options_that_were_changed_are_not_overruled_in_silence(change: dict[str, Any], save: int | None, tmp_path: Path) -> None:

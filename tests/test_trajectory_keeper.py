@@ -159,14 +159,24 @@ def test_copies_and_exact_weights_continue_each_other(tmp_path: Path) -> None:
     assert equal(Loop(Setup("exact"), tmp_path / "run", seed=8).run().state(), reference(Setup(), tmp_path).state())
 
 
-def test_a_finished_run_is_not_continued(tmp_path: Path) -> None:
+def test_a_finished_run_is_not_continued_by_itself(tmp_path: Path) -> None:
     Loop(Setup(), tmp_path).run()
-    with pytest.raises(ValueError, match="the old one ended by itself after 9 steps"):
-        Loop(Setup(), tmp_path).begin(True)
     with pytest.warns(ZOWarning, match="the old one is kept, because the run of the old one ended by itself after 9 steps"):
         again = Loop(Setup(), tmp_path, seed=3).run()
     assert (again.log.recalled, logs(tmp_path)) == (0, ["trajectory-001.zolog", "trajectory.zolog"])
     assert again.calls > 0
+
+
+@pytest.mark.parametrize("steps", [9, 12])
+def test_a_finished_run_is_continued_where_that_is_asked_for(steps: int, tmp_path: Path) -> None:
+    Loop(Setup(), tmp_path).run()
+    again = Loop(Setup(steps=steps), tmp_path, seed=3).run(resume=True)
+    assert (again.log.recalled, logs(tmp_path)) == (9, ["trajectory.zolog"])
+    assert equal(again.state(), reference(Setup(steps=steps), tmp_path / "other").state())
+    end = read_log(again.log.path).end
+    assert end is not None
+    assert end.step == steps
+    assert replay(load_base(next(tmp_path.glob("base-*"))), again.log.path) == steps
 
 
 def test_a_finished_run_goes_on_from_its_end(tmp_path: Path) -> None:

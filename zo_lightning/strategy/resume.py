@@ -42,7 +42,8 @@ def loses_nothing(trainer: Any) -> bool:
 
 
 def _newest(trainer: Any) -> str | None:
-    found = [path for callback in zo_callbacks(trainer.callbacks) for path in callback.checkpoints(trainer.default_root_dir)]
+    root, limit = trainer.default_root_dir, trainer.max_steps
+    found = [path for callback in zo_callbacks(trainer.callbacks) for path in callback.checkpoints(root, limit)]
     return next((path for path in found if _complete(path)), None)
 
 

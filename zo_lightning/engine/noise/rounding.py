@@ -14,10 +14,8 @@ from zo_lightning.engine.noise.threefry import fused_threefry, threefry
 
 BLOCK = 64
 """Elements whose dither comes from one hash."""
-_BITS = {torch.bfloat16: (8, 2.0**-100), torch.float16: (11, 2.0**-24)}
-"""Bits of the significand, and the least spacing that is told apart: that of float16's subnormals."""
-_TO_INTEGER = 1.5 * 2.0**23
-"""x + 1.5 * 2**23 - x is x rounded to an integer, in float32 and for |x| < 2**22."""
+_BITS = {torch.bfloat16: (8, 2.0**-119), torch.float16: (11, 2.0**-14)}
+"""Bits of the significand, and the binade below which the spacing stays the same: for float16 that of its subnormals."""
 
 
 def rounds(dtype: torch.dtype) -> bool:
@@ -44,17 +42,18 @@ fused_lane = kernel(_lane)
 def spacing(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The distance between neighbours of `dtype` in the binade of the float32 `x`."""
     bits, least = _BITS[dtype]
-    first = first_by_rounding(x) if x.device.type == "cpu" else first_by_bits(x)
-    return (first * 2.0 ** (1 - bits)).clamp_min(least)
+    size = x.abs()
+    size = size.clamp_min(least) if dtype == torch.float16 else size + least  # the sum is cheaper, and only felt near `least`
+    return (first_by_rounding(size) if x.device.type == "cpu" else first_by_bits(size)) * 2.0 ** (1 - bits)
 
 
 def first_by_rounding(x: Tensor) -> Tensor:
-    """2**floor(log2 |x|) by Rump, Ogita and Oishi 2008 (Accurate floating-point summation I), for a compiler that keeps every rounding.
+    """2**floor(log2 x) for x > 0 by Rump, Ogita and Oishi 2008 (Accurate floating-point summation I), if every rounding is kept.
 
-    torch's compiler for CPUs does, and does not vectorize bit casts; the one for GPUs fuses multiplications with additions.
+    torch's compiler for CPUs keeps them, and does not vectorize bit casts; the one for GPUs fuses multiplications with additions.
     """
     q = x * (2.0**23 + 1)
-    return (q - q * (1 - 2.0**-24)).abs()
+    return q - q * (1 - 2.0**-24)
 
 
 def first_by_bits(x: Tensor) -> Tensor:
@@ -69,7 +68,7 @@ def stochastic(base: Tensor, change: Tensor, dither: Tensor, dtype: torch.dtype)
     weight. A change of zero leaves weights of `dtype` as they are.
     """
     unit = spacing(base + change, dtype)
-    magic = unit * _TO_INTEGER
+    magic = unit * (1.5 * 2.0**23)  # x + magic - magic is x rounded to a multiple of the unit, for |x| < 2**22 units
     near = (base + magic) - magic
     rest = (base - near) + change + dither * unit
     return near + ((rest + magic) - magic)

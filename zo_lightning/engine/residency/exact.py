@@ -17,7 +17,7 @@ from zo_lightning.engine.parameters import Trained
 from zo_lightning.engine.residency.memory import Scratch
 from zo_lightning.engine.residency.paths import Paths, Tree
 from zo_lightning.engine.residency.scratch import OnScratch
-from zo_lightning.engine.residency.units import Unit, cover, hookable, rows_read, together, units_of
+from zo_lightning.engine.residency.units import Unit, cover, hookable, rows_read, together, units_of, vectors_of
 from zo_lightning.engine.residency.watch import ReadWatch, uncompiled
 from zo_lightning.engine.signals import held
 
@@ -53,7 +53,8 @@ class Exact(OnScratch):
         self._arrange()
 
     def _arrange(self) -> None:
-        self._scratch = Scratch(together(self.units))
+        self._vectors = vectors_of(self.units)
+        self._scratch = Scratch(together(self.units, without=self._vectors))
         modules = {unit: unit.module for unit in self.units if unit.module is not None}
         self._tree = Tree(self._root, list(modules.values()))
         leave = torch.compiler.disable(self._leave)  # a compiled version that the optimizer was not given calls hooks between its graphs
@@ -111,6 +112,7 @@ class Exact(OnScratch):
             self.materialized = 0
             self._entries.clear()
             whole.callback(self._kept.clear)
+            self._prepare(whole, point, eps)
             for unit in self.units:
                 if unit.module is None:
                     whole.enter_context(self._materialized(unit.parameters, point, eps))
@@ -120,6 +122,14 @@ class Exact(OnScratch):
             finally:
                 self._point = None
                 self._close_all()
+
+    def _prepare(self, whole: ExitStack, point: Displacement, eps: Sequence[float]) -> None:
+        """Write the vectors of all units in one go; each unit still has its own only while it runs."""
+        outs, give_back = self._scratch.take(self._vectors, beside=True)
+        whole.callback(give_back)
+        whole.callback(self._ready.clear)
+        self._write(self._vectors, outs, point, eps)
+        self._ready.update((id(p), out) for p, out in zip(self._vectors, outs, strict=True))
 
     def _enter(self, unit: Unit) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
@@ -142,10 +152,11 @@ class Exact(OnScratch):
 
     def _keep(self, unit: Unit, todo: Sequence[Trained], point: Displacement, eps: Sequence[float]) -> dict[int, Tensor]:
         """Scratch of the unit's own with its weights, which it has until the evaluation ends."""
-        outs, give_back = self._scratch.take(todo, beside=True)
+        fresh = [p for p in todo if id(p) not in self._ready]
+        outs, give_back = self._scratch.take(fresh, beside=True)
         self._evaluation.callback(give_back)
-        self._write(todo, outs, point, eps)
-        self._kept[unit] = {id(p): out for p, out in zip(todo, outs, strict=True)}
+        self._write(fresh, outs, point, eps)
+        self._kept[unit] = {**self._ready, **{id(p): out for p, out in zip(fresh, outs, strict=True)}}
         return self._kept[unit]
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:

@@ -25,9 +25,11 @@ class OnScratch(Residency):
         self._scratch = Scratch([self.trained])
         self._turns = Turns()
         self._away: dict[int, tuple[Trained, list[Tensor], Tensor]] = {}
+        self._ready: dict[int, Tensor] = {}
+        """Perturbed weights that were written before any module asked for them."""
         self._settled = False
         self.materialized = 0
-        """How many units the last evaluation wrote to scratch: 0 means that no perturbation reached the model."""
+        """How many units the last evaluation had on scratch: 0 means that no perturbation reached the model."""
 
     def reached(self) -> bool:
         return self.materialized > 0
@@ -59,11 +61,12 @@ class OnScratch(Residency):
         self, parameters: Sequence[Trained], point: Displacement, eps: Sequence[float], rows: Tensor | None = None
     ) -> Iterator[None]:
         """Inside it, `parameters` (but those that are away already) are on scratch of their own."""
-        todo = [p for p in parameters if id(p) not in self._away]
+        ready = [p for p in parameters if id(p) in self._ready and id(p) not in self._away]
+        todo = [p for p in parameters if id(p) not in self._ready and id(p) not in self._away]
         outs, give_back = self._scratch.take(todo)
         try:
             self._write(todo, outs, point, eps, rows)
-            with self._pointed(todo, outs):
+            with self._pointed([*todo, *ready], [*outs, *(self._ready[id(p)] for p in ready)]):
                 yield
         finally:
             give_back()
@@ -71,14 +74,16 @@ class OnScratch(Residency):
     def _write(
         self, todo: Sequence[Trained], outs: Sequence[Tensor], point: Displacement, eps: Sequence[float], rows: Tensor | None = None
     ) -> None:
+        if not todo:
+            return
         with _without_modes():
             rounding = point[0][0] if point else None  # the same for both sides: their difference then varies least
             sweep(displaced(todo, outs, point, eps, rows), [seed for seed, _ in point], self.noise, rounding=rounding)
-        self.materialized += 1
 
     @contextmanager
     def _pointed(self, parameters: Sequence[Trained], outs: Sequence[Tensor]) -> Iterator[None]:
         """Inside it, `parameters` point to `outs`."""
+        self.materialized += 1
         with _without_modes():
             bases = [[alias.data for alias in p.aliases] for p in parameters]
         try:

@@ -82,11 +82,26 @@ def units_of(module: nn.Module, trained: Sequence[Trained], blocks: Sequence[nn.
     return [unit for unit in units if unit.parameters]
 
 
-def together(units: Sequence[Unit]) -> list[list[Trained]]:
-    """For each unit the weights that are on scratch while it runs: its own and those of the units around it."""
+def vectors_of(units: Sequence[Unit]) -> list[Trained]:
+    """The biases and gains of all units, which cost less when they are written together; none where they need much memory.
+
+    "Much" is a quarter of what the largest unit needs. In a transformer it is less than a hundredth.
+    """
+    vectors = [p for p in _unique(p for unit in units for p in unit.parameters) if p.tensor.dim() < 2]
+    largest = max((_nbytes(unit.parameters) for unit in units), default=0)
+    return vectors if 4 * _nbytes(vectors) <= largest else []
+
+
+def _nbytes(parameters: Sequence[Trained]) -> int:
+    return sum(p.tensor.nbytes for p in parameters)
+
+
+def together(units: Sequence[Unit], without: Sequence[Trained] = ()) -> list[list[Trained]]:
+    """For each unit the weights that are on scratch while it runs: its own and those of the units around it, but for some."""
     inside = {unit: None if unit.module is None else set(unit.module.modules()) for unit in units}
     around = {unit: [other for other, modules in inside.items() if modules is None or unit.module in modules] for unit in units}
-    return [_unique(p for other in others for p in other.parameters) for others in around.values()]
+    apart = {id(p) for p in without}
+    return [_unique(p for other in others for p in other.parameters if id(p) not in apart) for others in around.values()]
 
 
 def rows_read(unit: Unit, args: Any) -> Tensor | None:

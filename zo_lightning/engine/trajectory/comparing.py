@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,8 +97,11 @@ def noted_path(folder: Path, path: str) -> str:
     return os.path.relpath(whole, root).replace(os.sep, "/") if whole.startswith(os.path.join(root, "")) else whole
 
 
-def newest_checkpoint(folder: str | os.PathLike[str]) -> list[str]:
-    """Paths of the checkpoints that the log of a run which did not end by itself names, newest first; none without such a log.
+def newest_checkpoint(folder: str | os.PathLike[str], max_steps: int = -1, ended: bool = False) -> list[str]:
+    """Paths of the checkpoints that the log of a run names, newest first; none for one that ended by itself, unless `ended`.
+
+    Without those at the very end of the run or at `max_steps` (-1: no limit): hosts that begin there do not end as they would have, but
+    with a step too many or without the end of the epoch.
 
     LogError for a damaged log.
     """
@@ -105,5 +109,7 @@ def newest_checkpoint(folder: str | os.PathLike[str]) -> list[str]:
     if not path.exists():
         return []
     log = read_log(path)
-    found = [] if log.end is not None else [record.path for record in reversed(log.checkpoints)]
+    over = log.end is not None
+    limit = min(log.end_step if over else sys.maxsize, max_steps if max_steps > 0 else sys.maxsize)
+    found = [] if over and not ended else [record.path for record in reversed(log.checkpoints) if record.step < limit]
     return [known if "://" in known else os.path.join(os.path.abspath(folder), known) for known in dict.fromkeys(found)]

@@ -66,8 +66,8 @@ class Trajectory(Journal):
         """Open or continue the log for an optimizer that stands at `optimizer.steps`; sets `optimizer.journal`.
 
         `resume`: "auto" continues a run that was killed, and begins a new log (the old one keeps another name) where there is none to
-        continue; True raises ValueError there; False always begins a new one. OSError where the folder can't be written, LogError for a
-        damaged log.
+        continue; True also continues one that ended by itself, and raises ValueError where there is none; False always begins a new one.
+        OSError where the folder can't be written, LogError for a damaged log.
         """
         points = len(optimizer.estimator.points(lambda query: query))
         if optimizer.residency.name == "inplace" and points > MAX_POINTS:
@@ -93,7 +93,7 @@ class Trajectory(Journal):
         problem: str | None = "there is no log in it"
         if resume is not False and self.path.exists():
             log = read_log(self.path)
-            problem = self._differs(optimizer, log)
+            problem = self._differs(optimizer, log, ended=resume is True)
             if problem is None:
                 return log
         if resume is True:
@@ -102,11 +102,17 @@ class Trajectory(Journal):
             say_once(f"trajectory.{self.path}", f"A new step log begins in {self.folder}; the old one is kept, because {problem}.")
         return None
 
-    def _differs(self, optimizer: ZOOptimizer, log: Log) -> str | None:
-        """Why a log can't be continued at this step; None where it can, and the weights are then those of that run."""
+    def _differs(self, optimizer: ZOOptimizer, log: Log, ended: bool) -> str | None:
+        """Why a log can't be continued at this step; None where it can, and the weights are then those of that run.
+
+        `ended`: steps of a run that ended by itself are made again as well.
+        """
         step = optimizer.steps
-        if log.end is not None and step < log.end_step:
-            return f"the run of the old one ended by itself after {log.end_step} steps, and this one begins at step {step}"
+        if log.end is not None and step < log.end_step and not ended:
+            return (
+                f"the run of the old one ended by itself after {log.end_step} steps, and this one begins at step {step} (resume=True would "
+                "go on with it)"
+            )
         problem = differs(optimizer, log)
         if problem is not None:
             return problem
