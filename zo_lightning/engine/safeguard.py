@@ -74,7 +74,7 @@ class Safeguard:
         first, rest = losses[0], losses[len(losses) // 2 :]
         if len(losses) < _LEAST:
             return False
-        return min(rest) > first + max(self.tolerance * abs(first), min(4 * statistics.stdev(rest), 3 * abs(first)))
+        return min(rest) > first + max(self.tolerance * abs(first), min(6 * statistics.stdev(rest), 3 * abs(first)))
 
     def _act(self, start: str, mean: float, lr: float, usual_lr: Callable[[], str]) -> None:
         message = (

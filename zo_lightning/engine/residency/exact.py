@@ -40,7 +40,8 @@ class Exact(OnScratch):
         super().__init__(module, trained, noise)
         self._root: nn.Module = module
         self._blocks = list(blocks)
-        self._point: tuple[Displacement, Sequence[float]] | None = None
+        self._point: tuple[Displacement | None, Sequence[float]] | None = None
+        """Of the evaluation that is running; a displacement of None is a pass that is watched, on the base weights."""
         self._open: dict[nn.Module, list[ExitStack]] = {}
         self._entries: Counter[Unit] = Counter()
         self._kept: dict[Unit, dict[int, Tensor]] = {}
@@ -70,9 +71,9 @@ class Exact(OnScratch):
 
     @contextmanager
     def probe(self) -> Iterator[None]:
-        watch = ReadWatch(hookable(self._root), self.trained, lambda: self._settled)
+        watch = ReadWatch(hookable(self._root), self.trained, lambda p: self._settled or id(p) in self._away)
         before = self._modes()
-        with uncompiled(self.trained), self.session(), self._displaced((), [0.0] * len(self.trained)), watch:
+        with uncompiled(self.trained), self.session(), self._displaced(None, ()), watch:
             yield
         entered, old = set(self._entries), self.units
         moved = watch.missed
@@ -106,16 +107,17 @@ class Exact(OnScratch):
         self._paths.took(self._entries.keys(), hooked)
 
     @contextmanager
-    def _displaced(self, point: Displacement, eps: Sequence[float]) -> Iterator[None]:
+    def _displaced(self, point: Displacement | None, eps: Sequence[float]) -> Iterator[None]:
         with self._turns.turn(), ExitStack() as whole:
             self._point = (point, eps)
             self.materialized = 0
             self._entries.clear()
             whole.callback(self._kept.clear)
-            self._prepare(whole, point, eps)
+            if point is not None:
+                self._prepare(whole, point, eps)
             for unit in self.units:
                 if unit.module is None:
-                    whole.enter_context(self._materialized(unit.parameters, point, eps))
+                    whole.enter_context(self._on_scratch(unit, point, eps))
             self._evaluation = whole
             try:
                 yield
@@ -141,14 +143,21 @@ class Exact(OnScratch):
 
         return hook
 
-    def _shown(self, unit: Unit, args: Any, point: Displacement, eps: Sequence[float]) -> AbstractContextManager[None]:
+    def _on_scratch(
+        self, unit: Unit, point: Displacement | None, eps: Sequence[float], rows: Tensor | None = None
+    ) -> AbstractContextManager[None]:
+        if point is None:
+            return self._pointed_home([p for p in unit.parameters if id(p) not in self._away])
+        return self._materialized(unit.parameters, point, eps, rows)
+
+    def _shown(self, unit: Unit, args: Any, point: Displacement | None, eps: Sequence[float]) -> AbstractContextManager[None]:
         todo = [p for p in unit.parameters if id(p) not in self._away]
         self._entries[unit] += bool(todo)  # a unit inside another call of itself has nothing to do
-        if todo and self._entries[unit] > KEEP_AFTER:
+        if todo and point is not None and self._entries[unit] > KEEP_AFTER:
             kept = self._kept.get(unit) or self._keep(unit, todo, point, eps)
             if all(id(p) in kept for p in todo):
                 return self._pointed(todo, [kept[id(p)] for p in todo])
-        return self._materialized(unit.parameters, point, eps, rows_read(unit, args))
+        return self._on_scratch(unit, point, eps, rows_read(unit, args))
 
     def _keep(self, unit: Unit, todo: Sequence[Trained], point: Displacement, eps: Sequence[float]) -> dict[int, Tensor]:
         """Scratch of the unit's own with its weights, which it has until the evaluation ends."""

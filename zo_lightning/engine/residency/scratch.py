@@ -98,6 +98,12 @@ class OnScratch(Residency):
                     alias.data = data
                 self._away.pop(id(p), None)
 
+    def _pointed_home(self, parameters: Sequence[Trained]) -> AbstractContextManager[None]:
+        """Inside it, `parameters` count as away, and point to their base weights as before."""
+        with _without_modes():
+            places = [p.tensor.detach() for p in parameters]
+        return self._pointed(parameters, places)
+
 
 def _without_modes() -> AbstractContextManager[Any]:
     """No dispatch mode sees what is done in here: neither our own, which watches reads, nor the user's."""

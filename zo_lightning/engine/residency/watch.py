@@ -1,4 +1,4 @@
-"""Watches one forward pass: which weights are read while they are not on scratch, and by whom."""
+"""Watches one forward pass on the base weights: which are read, also through views, while they would not be on scratch, and by whom."""
 
 from __future__ import annotations
 
@@ -17,13 +17,20 @@ from zo_lightning.engine.parameters import Trained
 
 
 class ReadWatch(TorchDispatchMode):
-    """Notes every operation that reads a base weight instead of its scratch copy, and which of `modules` are running at that moment."""
+    """Notes every operation that reads the memory of a weight while its unit is not running, and which of `modules` are at that moment.
 
-    def __init__(self, modules: Sequence[nn.Module], trained: Sequence[Trained], paused: Callable[[], bool]) -> None:
+    `expected` says whether a weight may be read now. A view that a unit hands out and others read later counts as a read of the weight.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], trained: Sequence[Trained], expected: Callable[[Trained], bool]) -> None:
         super().__init__()
-        self._paused = paused
+        self._expected = expected
         self._modules = modules
-        self._storages = {p.tensor.untyped_storage().data_ptr(): p for p in trained if p.tensor.numel()}
+        self._storages: dict[int, list[tuple[int, int, Trained]]] = {}
+        for p in trained:
+            if p.tensor.numel():
+                begin, storage = p.tensor.data_ptr(), p.tensor.untyped_storage()
+                self._storages.setdefault(storage.data_ptr(), []).append((begin, _end(p.tensor), p))
         self._readers: dict[Trained, list[nn.Module]] = {}
         self._running: list[nn.Module] = []
         self._hooks: list[Any] = []
@@ -58,15 +65,20 @@ class ReadWatch(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _read(self, tensor: Tensor) -> None:
-        if self._paused() or tensor.layout != torch.strided or tensor.is_meta:
+        if tensor.layout != torch.strided or tensor.is_meta or not tensor.numel():
             return
-        parameter = self._storages.get(tensor.untyped_storage().data_ptr())
-        if parameter is None:
-            return
-        ids = {id(alias) for alias in parameter.aliases}
-        owners = [m for m in self._running if any(id(w) in ids for w in m.parameters())]
-        before = self._readers.get(parameter, owners)
-        self._readers[parameter] = [m for m, other in zip(before, owners, strict=False) if m is other]
+        for begin, end, parameter in self._storages.get(tensor.untyped_storage().data_ptr(), ()):
+            if begin < _end(tensor) and tensor.data_ptr() < end and not self._expected(parameter):
+                ids = {id(alias) for alias in parameter.aliases}
+                owners = [m for m in self._running if any(id(w) in ids for w in m.parameters())]
+                before = self._readers.get(parameter, owners)
+                self._readers[parameter] = [m for m, other in zip(before, owners, strict=False) if m is other]
+
+
+def _end(tensor: Tensor) -> int:
+    """The address behind the last element."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 @contextmanager

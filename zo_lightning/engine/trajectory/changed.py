@@ -15,20 +15,35 @@ _TENSORS, _VALUES = 32, 64
 State = tuple[tuple[tuple[int, int], ...], tuple[Tensor, ...]]
 
 
-def state_of(trained: Sequence[Trained]) -> State:
-    """(address and version of every tensor, sampled values). Costs some microseconds a tensor; reads no more than 2,048 values."""
-    versions = tuple((p.tensor.data_ptr(), p.tensor._version) for p in trained)
-    largest = sorted(trained, key=lambda p: -p.tensor.numel())[:_TENSORS]
-    samples: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for p in largest:
-        samples.setdefault((p.tensor.device, p.tensor.dtype), []).append(_sample(p.tensor.detach()))
-    return versions, tuple(torch.cat(values) for values in samples.values())
+class Watch:
+    """Looks at weights at every step; where they lie, and the views of their samples, are kept as long as nothing moved."""
+
+    def __init__(self) -> None:
+        self._places: tuple[int, ...] = ()
+        self._samples: list[list[Tensor]] = []
+
+    def state(self, trained: Sequence[Trained]) -> State:
+        """(address and version of every tensor, sampled values). Costs some microseconds a tensor; reads no more than 2,048 values."""
+        places = tuple(p.tensor.data_ptr() for p in trained)
+        if places != self._places:
+            self._places, self._samples = places, _samples(trained)
+        versions = tuple(p.tensor._version for p in trained)
+        return tuple(zip(places, versions, strict=True)), tuple(torch.cat([v.reshape(-1) for v in views]) for views in self._samples)
+
+
+def _samples(trained: Sequence[Trained]) -> list[list[Tensor]]:
+    """Views of some values of the largest tensors, by device and dtype."""
+    found: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for p in sorted(trained, key=lambda p: -p.tensor.numel())[:_TENSORS]:
+        found.setdefault((p.tensor.device, p.tensor.dtype), []).append(_sample(p.tensor.detach()))
+    return list(found.values())
 
 
 def _sample(tensor: Tensor) -> Tensor:
+    """A view of some values."""
     if not tensor.is_contiguous():
-        tensor = tensor[: max(1, _VALUES // max(1, tensor[0].numel()))]
-    flat = tensor.reshape(-1)
+        return tensor[: max(1, _VALUES // max(1, tensor[0].numel()))]
+    flat = tensor.view(-1)
     return flat[:: max(1, flat.numel() // _VALUES)]
 
 

@@ -11,7 +11,7 @@ import torch
 
 from zo_lightning.engine.journal import Journal, StepRecord, Unrecorded
 from zo_lightning.engine.messages import say_once
-from zo_lightning.engine.trajectory.changed import State, same, state_of
+from zo_lightning.engine.trajectory.changed import State, Watch, same
 from zo_lightning.engine.trajectory.comparing import NAME, describe, differs, noted_path
 from zo_lightning.engine.trajectory.fingerprint import frozen_fingerprint, trained_fingerprint
 from zo_lightning.engine.trajectory.log import Log, read_log
@@ -41,6 +41,7 @@ class Trajectory(Journal):
         self._ahead: dict[int, StepRecord] = {}
         self._segments: dict[int, Segment] = {}
         self._segment: Segment | None = None
+        self._watch = Watch()
         self._state: State | None = None
         self._residency: Any = None
         self._standing = ""
@@ -203,7 +204,7 @@ class Trajectory(Journal):
         """The log has it."""
         self._segment, self._residency = segment, optimizer.residency
         self._bases += [segment.base] if segment.base is not None else []
-        self._state = state_of(optimizer.residency.trained)
+        self._state = self._watch.state(optimizer.residency.trained)
 
     # ---- a step
 
@@ -237,7 +238,7 @@ class Trajectory(Journal):
             )
         del self._segments[optimizer.steps]
         optimizer.masters.clear()
-        self._state = state_of(optimizer.residency.trained)
+        self._state = self._watch.state(optimizer.residency.trained)
 
     def _changed_set(self, optimizer: ZOOptimizer) -> bool:
         """Whether other tensors are trained than before."""
@@ -249,7 +250,7 @@ class Trajectory(Journal):
         return False
 
     def _changed(self, optimizer: ZOOptimizer) -> bool:
-        if self._state is None or same(self._state, state_of(optimizer.residency.trained)):
+        if self._state is None or same(self._state, self._watch.state(optimizer.residency.trained)):
             return False
         where = "written as a new base" if self._save_base else "noted; without save_base they can't be loaded again"
         say_once(
@@ -277,7 +278,7 @@ class Trajectory(Journal):
             self._making = None
             self.recalled += 1
         if not self._ahead:
-            self._state = state_of(optimizer.residency.trained)
+            self._state = self._watch.state(optimizer.residency.trained)
 
     # ---- what the host does
 
