@@ -144,7 +144,10 @@ def test_export_and_replay_up_to_a_step(
         (["replay", "run.zolog", "--base", "base.safetensors", "--out", "none/out"], 2, "out was not written: No such file or directory"),
         (["replay", "run.zolog", "--base", "base.safetensors", "--out", "out", "--to-step", "9"], 1, "Invalid to_step: 9"),
         (["export", "run.zolog", "--out", "none/out"], 2, "was not written"),
-        (["export", "run.zolog", "--out", "out", "--to-step", "0"], 1, "Invalid to_step: 0"),
+        (["export", "run.zolog", "--out", "out", "--to-step", "0"], 1, "Invalid to_step: 0. An export needs at least one step"),
+        (["export", "run.zolog", "--out", "./run.zolog"], 1, "is the step log itself"),
+        (["replay", "run.zolog", "--base", "base.safetensors", "--out", "base.safetensors"], 2, "which would be replaced"),
+        (["replay", "run.zolog", "--base", "base.safetensors", "--out", "run.zolog"], 2, "which would be replaced"),
     ],
 )
 def test_errors_are_one_line(
@@ -157,12 +160,13 @@ def test_errors_are_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
     assert main(arguments) == code
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert message in error.replace("'", "")
-    assert not Path("out").exists()
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
 
 
 def test_a_short_fuzz_of_logs_and_exports(tmp_path: Path) -> None:

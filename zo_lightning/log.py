@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from zo_lightning.engine.journal import StepRecord
+from zo_lightning.engine.trajectory.atomic import same_file
 from zo_lightning.engine.trajectory.export import export
 from zo_lightning.engine.trajectory.log import Log, read_log
 from zo_lightning.engine.trajectory.records import Segment
@@ -145,6 +146,9 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _replay(options: argparse.Namespace) -> int:
+    for given in (options.base, options.log):
+        if same_file(given, options.out):
+            raise OSError(f"Invalid --out: {options.out} is {given}, which would be replaced. Name another file.")
     tensors = load_base(options.base)
     step = replay(tensors, options.log, options.to_step)
     save_tensors(options.out, tensors)

@@ -9,6 +9,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
+def same_file(left: str | os.PathLike[str], right: str | os.PathLike[str]) -> bool:
+    """Whether both paths lead to one file that exists."""
+    return os.path.exists(left) and os.path.exists(right) and os.path.samefile(left, right)
+
+
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """The path of an empty file to write to; it takes the place of `path` in the end, and is removed where anything fails.

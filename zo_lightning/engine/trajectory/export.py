@@ -14,13 +14,13 @@ import numpy as np
 
 from zo_lightning.engine.journal import StepRecord
 from zo_lightning.engine.trajectory import columns as layout
-from zo_lightning.engine.trajectory.atomic import write_bytes
+from zo_lightning.engine.trajectory.atomic import same_file, write_bytes
 from zo_lightning.engine.trajectory.columns import Columns
 from zo_lightning.engine.trajectory.encoding import canonical, parse, segment_of
 from zo_lightning.engine.trajectory.frames import LogError
 from zo_lightning.engine.trajectory.log import Log, read_log
 from zo_lightning.engine.trajectory.records import End, Mark, Record, Segment, check
-from zo_lightning.engine.trajectory.replay import Source, replay
+from zo_lightning.engine.trajectory.replay import Source, end_of, replay
 from zo_lightning.engine.trajectory.targets import Target
 from zo_lightning.engine.updates import GroupSettings
 
@@ -41,11 +41,14 @@ def export(log: Source, path: str | os.PathLike[str], to_step: int | None = None
     """Write the steps of a log, up to `to_step`, as a safetensors file of some 33 bytes a step (one query, two groups).
 
     Whoever has the base weights gets the fine-tuned ones with `apply`. Raises ValueError for a log whose weights were perturbed in place
-    (the roundings of those passes are not in an export), and where the weights were changed by something else between the steps.
+    (the roundings of those passes are not in an export), where the weights were changed by something else between the steps, and for a
+    `path` that is the log's own.
     """
     log = log if isinstance(log, Log) else read_log(log)
     segment, *more = log.segments
-    end = log.end_step if to_step is None else to_step
+    end = end_of(log, to_step)
+    if same_file(log.path, path):
+        raise ValueError(f"Invalid path: {path} is the step log itself, which the export would replace. Name another file.")
     if segment.residency == "inplace":
         raise ValueError(
             f'{log.path} was made with weights="inplace": its passes over the weights leave roundings that an export has no room for. '
@@ -57,8 +60,8 @@ def export(log: Source, path: str | os.PathLike[str], to_step: int | None = None
             f"and each segment needs its own base. Export up to there (to_step={more[0].step}), or share the log with its bases."
         )
     steps = tuple(step for step in log.steps if step.step < end)
-    if not steps or steps[-1].step + 1 != end:
-        raise ValueError(f"Invalid to_step: {to_step!r}. {log.path} has steps {segment.step} to {log.end_step}.")
+    if not steps:
+        raise ValueError(f"Invalid to_step: {to_step!r}. An export needs at least one step; {log.path} has the steps {segment.step} to {log.end_step}.")
     kept = tuple(replace(step, micro_batches=1, traces=False) for step in steps)
     result = [r.fingerprint for r in log.records if isinstance(r, (Mark, End)) and r.step == end]
     tune = FineTune(replace(segment, base=None), kept, result[0] if result else "")

@@ -56,7 +56,7 @@ def replay(target: Target, log: Source, to_step: int | None = None) -> int:
     ValueError that names the step reached where the log can't be followed further; LogError for a damaged log.
     """
     log = _read(log)
-    end = _end(log, to_step)
+    end = end_of(log, to_step)
     start = locate(target, log, end)
     return _Follow(target, log, checking=False).run(start, end).step
 
@@ -64,7 +64,7 @@ def replay(target: Target, log: Source, to_step: int | None = None) -> int:
 def verify(target: Target, log: Source, to_step: int | None = None) -> Verification:
     """`replay`, with every fingerprint of the log compared on the way. The weights end where the first one disagrees."""
     log = _read(log)
-    end = _end(log, to_step)
+    end = end_of(log, to_step)
     return _Follow(target, log, checking=True).run(locate(target, log, end), end)
 
 
@@ -74,7 +74,7 @@ def undo(target: Target, log: Source, to_step: int, base: Base | None = None) ->
     Raises ValueError, and changes nothing, where there is no base, or it is in none of the log's states up to `to_step`.
     """
     log = _read(log)
-    end = _end(log, to_step)
+    end = end_of(log, to_step)
     if base is None:
         base = _own_base(log, end)
     tensors = dict(base) if isinstance(base, Mapping) else load_base(base)
@@ -233,7 +233,8 @@ def _read(log: Source) -> Log:
     return log if isinstance(log, Log) else read_log(log, keep=lambda record: not isinstance(record, Checkpoint))
 
 
-def _end(log: Log, to_step: int | None) -> int:
+def end_of(log: Log, to_step: int | None) -> int:
+    """The step to go to: the last one for None. ValueError for one whose state the log does not know."""
     if to_step is None:
         return log.end_step
     first = log.segments[0].step

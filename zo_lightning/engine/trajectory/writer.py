@@ -178,7 +178,10 @@ def _lock(number: int, path: Path) -> None:
     try:
         fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        message = "Another run appends to this step log. Wait until it has ended, or give this run a folder of its own"
+        message = (
+            "Another run appends to this step log. Wait until it has ended (one of this process: close its log, as in "
+            "`finally: log.close(optimizer)`), or give this run a folder of its own"
+        )
         raise BlockingIOError(error.errno, message, str(path)) from error
     except OSError:  # a file system without locks
         return
