@@ -61,7 +61,8 @@ def export(log: Source, path: str | os.PathLike[str], to_step: int | None = None
         )
     steps = tuple(step for step in log.steps if step.step < end)
     if not steps:
-        raise ValueError(f"Invalid to_step: {to_step!r}. An export needs at least one step; {log.path} has the steps {segment.step} to {log.end_step}.")
+        span = f"{log.path} has the steps {segment.step} to {log.end_step}"
+        raise ValueError(f"Invalid to_step: {to_step!r}. An export needs at least one step; {span}.")
     kept = tuple(replace(step, micro_batches=1, traces=False) for step in steps)
     result = [r.fingerprint for r in log.records if isinstance(r, (Mark, End)) and r.step == end]
     tune = FineTune(replace(segment, base=None), kept, result[0] if result else "")
