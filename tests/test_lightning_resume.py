@@ -100,6 +100,7 @@ LOADERS = {
     "in order": loader,
     "shuffled": lambda: loader(shuffle=True),
     "workers": lambda: loader(shuffle=True, num_workers=2),
+    "persistent workers": lambda: loader(shuffle=True, num_workers=1, persistent_workers=True),
     "generator": own_generator,
     "weighted": weighted,
     "iterable": lambda: DataLoader(Stream(), 8),
@@ -110,6 +111,7 @@ PLACES = {"first epoch": {"batches": 5}, "second epoch": {"batches": 11}, "last 
 
 
 @pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers", "ignore:.*AdamW's.*:UserWarning", "ignore:'set_vital'")
+@pytest.mark.filterwarnings("ignore:persistent_workers=True.*what the workers draw")
 @pytest.mark.parametrize("limit", [{"max_epochs": 3}, {"max_steps": 24}])
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("kind", LOADERS)
@@ -181,6 +183,20 @@ def test_resume_from_a_model_checkpoint_with_validation_in_between(tmp_path: Pat
         fit.fit(modules[-1], loader(shuffle=True), loader(16), ckpt_path=path)
     assert modules[1].seen == modules[0].seen[6:]
     assert same(state(modules[1]), state(modules[0]))
+
+
+@pytest.mark.filterwarnings("ignore:.*AdamW's.*:UserWarning")
+def test_a_run_with_nothing_left_to_do_has_the_metrics_of_its_end(tmp_path: Path) -> None:
+    class Validated(Noting):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val_loss", loss_of(self.net, batch))
+
+    whole = trainer(tmp_path, max_epochs=2, callbacks=[Saving(tmp_path / "last.ckpt", epoch=1)])
+    whole.fit(Validated(), loader(), loader(16))
+    again = trainer(tmp_path, max_epochs=2)
+    again.fit(Validated(), loader(), loader(16), ckpt_path=tmp_path / "last.ckpt")
+    assert again.global_step == 16
+    assert again.callback_metrics == whole.callback_metrics != {}
 
 
 @pytest.mark.filterwarnings("ignore:.*AdamW's.*:UserWarning")

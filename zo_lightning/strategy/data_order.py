@@ -35,6 +35,7 @@ class DataOrder:
         self._say = say
         self._made: Random | None = None
         self._fetched: Random | None = None
+        self._fresh = True
         self._saved: dict[str, Any] | None = None
         self._resuming = False
 
@@ -49,7 +50,7 @@ class DataOrder:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         now = generator_states(self._loaders())
-        return {"made": self._made, "fetched": self._fetched, "now": now, "batches": self._batches()}
+        return {"made": self._made, "fetched": self._fetched, "fresh": self._fresh, "now": now, "batches": self._batches()}
 
     def load(self, saved: dict[str, Any] | None) -> None:
         """The run goes on from a checkpoint; None where it holds no state of ours."""
@@ -66,9 +67,10 @@ class DataOrder:
             for name in names:
                 setattr(count, name, getattr(count, name) - 1)
 
-    def loader_ready(self) -> None:
+    def loader_ready(self, loader: Any) -> None:
         """The fit loop is about to make the iterator of its first epoch."""
         self._made, self._fetched = generator_states(self._loaders()), None
+        self._fresh = _workers(loader) is None
 
     def attach(self) -> None:
         """Be told when an epoch begins. Between that and its first fetch nothing of the user's runs."""
@@ -105,7 +107,7 @@ class DataOrder:
             return
         remakes = self._trainer.current_epoch > 0 and not self._trainer.fit_loop.is_resuming and not self._loop.restarting
         if remakes or self._made is None:
-            self._made = generator_states(self._loaders())
+            self._made, self._fresh = generator_states(self._loaders()), False
         inner(fetcher)
         self._fetched = generator_states(self._loaders())
 
@@ -129,6 +131,8 @@ class DataOrder:
             self._say("lightning.data_order", f"{problem} {_ORDER}")
         if saved is None:
             return
+        if self._trainer.current_epoch > 0 and any(_workers(loader) is not None for loader in loaders):
+            self._say("lightning.persistent_workers", _WORKERS)
         if not seen:
             begun = saved["made"] is not None and saved["fetched"] is None  # written between the iterator and its first batch
             set_generator_states(saved["made"] if begun else None, loaders)
@@ -138,9 +142,13 @@ class DataOrder:
             set_generator_states(saved["now"] if begun else None, loaders)
             self._fetched = generator_states(loaders)
             return
-        self._made, self._fetched = saved["made"], saved["fetched"]
+        self._made, self._fetched, self._fresh = saved["made"], saved["fetched"], saved.get("fresh", True)
         if problem is None and not any(stateful):
             set_generator_states(self._made, loaders)
+            if self._fresh:  # new workers are seeded from the generator, those that live on are not
+                for loader in loaders:
+                    if _workers(loader) is not None:
+                        loader._iterator = None
             iter(fetcher)
             set_generator_states(self._fetched, loaders)
             self._drop(fetcher, seen)
@@ -172,6 +180,15 @@ class DataOrder:
         fetcher.fetched -= seen  # the loop adds what it has seen by itself
 
 
+def _workers(loader: Any) -> Any:
+    """The iterator that a loader with persistent workers keeps, where it has made one."""
+    return getattr(loader, "_iterator", None)
+
+
+_WORKERS = (
+    "persistent_workers=True: the batches are those of the uninterrupted run, but what the workers draw at random themselves begins anew. "
+    "With persistent_workers=False each epoch seeds them, and a resumed run has the same numbers."
+)
 _ORDER = "The resumed epoch begins with its first batch again, and its batches differ from those of the uninterrupted run."
 
 

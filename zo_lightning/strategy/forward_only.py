@@ -168,12 +168,17 @@ class ForwardOnly(Bindable):
             return
         if engine.steps == 0 and trainer.global_step > 0:
             engine.steps = trainer.global_step  # weights of another run: the seeds of its first steps are used up
-        metrics, self._zo_metrics = self._zo_metrics, {}
-        trainer._logger_connector._callback_metrics.update(metrics)  # of the last validation, which monitors look at before the next
+        self._zo_give_metrics()
         self._zo_data.attach()
         if self._zo_host is not None:
             self._zo_host.sync()
         self._zo_events = Events(trainer, engine)
+
+    def _zo_give_metrics(self) -> None:
+        """Those of the checkpoint's last validation, which monitors look at before the next."""
+        if self._zo_metrics:
+            self._zo_trainer._logger_connector._callback_metrics.update(self._zo_metrics)
+            self._zo_metrics = {}
 
     def on_train_end(self) -> None:
         """Log what is left, close the run."""
@@ -190,6 +195,7 @@ class ForwardOnly(Bindable):
 
     def teardown(self) -> None:
         """Lightning tears down after every run, whatever happened."""
+        self._zo_give_metrics()  # it starts no training where nothing is left to do
         self._zo_close()
         super().teardown()
 
@@ -207,7 +213,7 @@ class ForwardOnly(Bindable):
     def process_dataloader(self, dataloader: Any) -> Any:
         """Called for each loader, just before the fit loop makes the iterator."""
         if self._zo_data is not None and self._zo_trainer.training:
-            self._zo_data.loader_ready()
+            self._zo_data.loader_ready(dataloader)
         return super().process_dataloader(dataloader)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:

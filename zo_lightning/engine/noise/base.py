@@ -87,12 +87,18 @@ def counters(keys: Tensor, stretches: Sequence[tuple[int, int, int]]) -> tuple[T
         row, first, count = stretches[0]
         k = keys[row]
         return _arange(first, count, device), k[2], k[0], k[1]
-    c0, owner = _layout(tuple((first, count) for _, first, count in stretches), device)
+    ranges = tuple((first, count) for _, first, count in stretches)
+    small = sum(count for _, count in ranges) <= _KEPT_COUNTERS
+    c0, owner = (_layout if small else _layout.__wrapped__)(ranges, device)
     table = keys[torch.tensor([row for row, _, _ in stretches], device=device)][owner]
     return c0, table[:, 2], table[:, 0], table[:, 1]
 
 
-@functools.lru_cache(maxsize=64)
+_KEPT_COUNTERS = 1 << 16
+"""Larger layouts are made anew: 0.8 MB each, 13 MB for all that are kept."""
+
+
+@functools.lru_cache(maxsize=16)
 def _layout(ranges: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """All counters of the ranges (first, how many), and which range each is of; the blocks of a model have the same ones."""
     lengths = torch.tensor([count for _, count in ranges], device=device)

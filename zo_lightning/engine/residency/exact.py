@@ -165,7 +165,8 @@ class Exact(OnScratch):
         outs, give_back = self._scratch.take(fresh, beside=True)
         self._evaluation.callback(give_back)
         self._write(fresh, outs, point, eps)
-        self._kept[unit] = {**self._ready, **{id(p): out for p, out in zip(fresh, outs, strict=True)}}
+        written = {id(p): out for p, out in zip(fresh, outs, strict=True)}
+        self._kept[unit] = {id(p): written[id(p)] if id(p) in written else self._ready[id(p)] for p in todo}
         return self._kept[unit]
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:

@@ -38,7 +38,7 @@ class FineTune:
 
 
 def export(log: Source, path: str | os.PathLike[str], to_step: int | None = None) -> FineTune:
-    """Write the steps of a log, up to `to_step`, as a safetensors file of some 33 bytes a step (one query, two groups).
+    """Write the steps of a log, up to `to_step`, as a safetensors file of under 40 bytes a step (one query, two groups).
 
     Whoever has the base weights gets the fine-tuned ones with `apply`. Raises ValueError for a log whose weights were perturbed in place
     (the roundings of those passes are not in an export), where the weights were changed by something else between the steps, and for a
