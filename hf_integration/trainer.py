@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from zo_lightning.hf_integration import knobs
 from zo_lightning.hf_integration.bridge import ZOBridge
 from zo_lightning.hf_integration.checkpoints import is_complete, newest_complete
 from zo_lightning.hf_integration.config import ZOArguments
+from zo_lightning.hf_integration.data_order import DataOrder
 from zo_lightning.hf_integration.loss_scale import ignores_items, may_ignore_items
 from zo_lightning.hf_integration.options import engine_options, read_fields, take_options
 from zo_lightning.hf_integration.quiet import no_backward, rerun, unseen
@@ -70,6 +72,8 @@ class ZOTrainerMixin(_Host):
             self._zo_check_optimizer()
             self._zo_bridge = ZOBridge(self)
             self.add_callback(self._zo_bridge)
+            self._zo_data = DataOrder(self)
+            self.add_callback(self._zo_data)
 
     # ---- Construction ----
 
@@ -228,10 +232,38 @@ class ZOTrainerMixin(_Host):
             self._zo_bridge.resume()
         super()._load_optimizer_and_scheduler(checkpoint)
 
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, resume_from_checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
+        """The host's; a loader without a length goes on in the epoch of the checkpoint."""
+        rest = (num_train_epochs, resume_from_checkpoint, trial)
+        begin = super()._init_training_state(max_steps, num_update_steps_per_epoch, *rest)
+        return self._zo_data.begin(*begin, resume_from_checkpoint, sized=num_train_epochs < sys.maxsize) if self._zo else begin
+
+    def _load_callback_state(self) -> None:
+        """The host's, which knows nothing of ours."""
+        if self._zo:
+            self._zo_data.take(self.state)
+        super()._load_callback_state()
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The host's, and the generator states of the beginning of the epoch."""
+        super()._save_rng_state(output_dir)
+        if self._zo:
+            self._zo_data.save(output_dir)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """The host's; at the beginning of an epoch, also the generators that the user gave to the loader."""
+        super()._load_rng_state(checkpoint)
+        if self._zo:
+            self._zo_data.host_loaded()
+
     def _save_checkpoint(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
         """The host's checkpoint; the callbacks are told before and after one that training can be resumed from."""
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         whole = self._zo and not self.args.save_only_model
+        if self._zo:
+            self._zo_data.tell(self.state)
         with self._zo_bridge.checkpoint(str(folder)) if whole else nullcontext():
             super()._save_checkpoint(model, trial, *args, **kwargs)
 

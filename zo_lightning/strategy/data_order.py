@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import random
-import sys
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
-import torch
+from zo_lightning.engine.generators import Random, generator_states, set_generator_states
 
 Say = Callable[[str, str], None]
-Random = dict[str, Any]
 
 
 @runtime_checkable
@@ -190,43 +187,3 @@ _WORKERS = (
     "With persistent_workers=False each epoch seeds them, and a resumed run has the same numbers."
 )
 _ORDER = "The resumed epoch begins with its first batch again, and its batches differ from those of the uninterrupted run."
-
-
-def generator_states(loaders: list[Any]) -> Random:
-    """The states of the global generators and of those of the loaders, as tensors and plain types."""
-    version, words, gauss = random.getstate()
-    state: Random = {
-        "torch": torch.random.get_rng_state(),
-        "python": [version, torch.tensor(words, dtype=torch.int64), gauss],
-        "loaders": [generator.get_state() for generator in _generators(loaders)],
-    }
-    if "numpy" in sys.modules:
-        kind, keys, position, has_gauss, cached = sys.modules["numpy"].random.get_state()
-        state["numpy"] = [str(kind), torch.tensor(keys.astype("int64")), int(position), int(has_gauss), float(cached)]
-    return state
-
-
-def set_generator_states(state: Random | None, loaders: list[Any]) -> None:
-    """Put generators back to what `generator_states` returned."""
-    if state is None:
-        return
-    torch.random.set_rng_state(state["torch"])
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words.tolist()), gauss))
-    for generator, saved in zip(_generators(loaders), state["loaders"], strict=False):
-        generator.set_state(saved)
-    if "numpy" in state and "numpy" in sys.modules:
-        kind, keys, *rest = state["numpy"]
-        sys.modules["numpy"].random.set_state((kind, keys.numpy().astype("uint32"), *rest))
-
-
-def _generators(loaders: list[Any]) -> list[torch.Generator]:
-    """The generators that users gave to loaders and samplers, each once."""
-    found: dict[int, torch.Generator] = {}
-    for loader in loaders:
-        sampler, batch_sampler = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
-        for owner in (loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None)):
-            generator = getattr(owner, "generator", None)
-            if isinstance(generator, torch.Generator):
-                found[id(generator)] = generator
-    return list(found.values())
