@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+)
 
 from zo_lightning.hf_integration import ZOTrainer
 
@@ -74,6 +81,23 @@ def per_token(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tens
     """The language model's loss without the model's cast to float32."""
     logits, targets = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     return torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / num_items_in_batch
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Whole words w0, w1, ..., built in memory."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, **{f"w{i}": i for i in range(4, VOCAB)}}
+    built = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    built.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=built, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def sentences() -> Any:
+    """A data set of plain text for it."""
+    from datasets import Dataset
+
+    return Dataset.from_dict({"text": [" ".join(f"w{4 + (i + j) % 20}" for j in range(5 + i % 3)) for i in range(32)]})
 
 
 class Regression(nn.Module):

@@ -11,9 +11,9 @@ import accelerate
 import numpy as np
 import pytest
 import torch
-from hf_tools import VOCAB, arguments, bert, llama, losses, same, texts, tokens, trainer, weights
+from hf_tools import VOCAB, arguments, bert, llama, losses, same, sentences, texts, tokenizer, tokens, trainer, weights
 from torch import nn
-from transformers import PreTrainedTokenizerFast, Seq2SeqTrainingArguments, T5Config, T5ForConditionalGeneration
+from transformers import Seq2SeqTrainingArguments, T5Config, T5ForConditionalGeneration
 
 from zo_lightning.engine.messages import ZOWarning
 from zo_lightning.hf_integration import ZOConfig, ZOSeq2SeqTrainer, ZOTrainer, ZOTrainerMixin
@@ -176,22 +176,6 @@ def test_seq2seq_predicts_with_generate(tmp_path: Path) -> None:
     assert [rows.ndim for rows in predicted] == [2, 2]  # generated tokens; logits would have three dimensions
     assert all(np.issubdtype(rows.dtype, np.integer) for rows in predicted)
     assert not same(weights(host.model), before)
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Whole words w0, w1, ..., built in memory."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, **{f"w{i}": i for i in range(4, VOCAB)}}
-    built = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    built.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=built, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-
-
-def sentences() -> Any:
-    from datasets import Dataset
-
-    return Dataset.from_dict({"text": [" ".join(f"w{4 + (i + j) % 20}" for j in range(5 + i % 3)) for i in range(32)]})
 
 
 def sft(folder: Path, kind: type, args: Any, **given: Any) -> Any:

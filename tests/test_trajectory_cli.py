@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from trajectory_tools import Recorder, made_up_segment, made_up_steps, small_log, trained_of, written
 
 from zo_lightning.engine import ZOOptimizer
-from zo_lightning.engine.trajectory import End, Mark, apply, trained_fingerprint
+from zo_lightning.engine.trajectory import End, Mark, apply, export, load_base, read_log, trained_fingerprint, verify
 from zo_lightning.log import main
 
 FUZZ = Path(__file__).parent.parent / "benchmarks" / "fuzz_log.py"
@@ -101,6 +103,7 @@ def test_verify_replays_where_there_is_a_base(
     _, log, base = run
     assert main(["verify", str(log)]) == 0
     assert "4 steps, whole." in capsys.readouterr().out
+    assert verify(load_base(base), log).torn == ""
     assert main(["verify", str(log), "--base", str(base)]) == 0
     assert "Replayed to step 4: 4 fingerprints agree." in capsys.readouterr().out
     other = tmp_path / "other"
@@ -117,6 +120,42 @@ def test_verify_fails_where_a_fingerprint_disagrees(tmp_path: Path, capsys: pyte
     recorder.writer.close()
     assert main(["verify", str(tmp_path / "log"), "--base", str(tmp_path / "log.base.safetensors")]) == 1
     assert "after 1 steps the weights are not those" in capsys.readouterr().err
+
+
+INCOMPLETE, CHECKSUM = "because it is incomplete", "because its checksum is wrong"
+
+
+@pytest.mark.parametrize(
+    ("end", "problem"),
+    [
+        (lambda data: data[:-3], INCOMPLETE),
+        (lambda data: data[:-3] + bytes(3), CHECKSUM),
+        (lambda data: data[:-9] + bytes([data[-9] ^ 4]) + data[-8:], CHECKSUM),
+        (lambda data: data + bytes(50), INCOMPLETE),
+        (lambda data: data + b"\x05\x00", INCOMPLETE),
+    ],
+    ids=["cut", "without its end", "a flipped bit", "zeros", "a piece"],
+)
+def test_a_last_record_that_is_left_out_is_told(
+    end: Callable[[bytes], bytes],
+    problem: str,
+    run: tuple[dict[str, torch.Tensor], Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, log, base = run
+    log.write_bytes(end(log.read_bytes()))
+    torn = read_log(log).torn
+    assert re.fullmatch(
+        rf"the last record \(\d+ bytes at byte \d+\) is left out, {problem}: .* or damage. It is cut off when the run goes on", torn
+    )
+    for arguments in (["verify", str(log)], ["inspect", str(log)], ["verify", str(log), "--base", str(base)]):
+        assert main(arguments) == 0
+        said = capsys.readouterr().out
+        assert torn in said
+        assert "whole" not in said
+    found = verify(load_base(base), log)
+    assert (found.ok, found.torn) == (True, torn)
 
 
 def test_export_and_replay_up_to_a_step(
@@ -139,6 +178,9 @@ def test_export_and_replay_up_to_a_step(
         (["inspect", "none"], 2, "No such file or directory: none"),
         (["inspect", "."], 2, "Is a directory"),
         (["inspect", "base.safetensors"], 1, "not a step log"),
+        (["inspect", "shared"], 1, "shared is an export (the steps of a log, for sharing), not the log itself. Give its path to `apply`"),
+        (["verify", "shared", "--base", "base.safetensors"], 1, "shared is an export"),
+        (["replay", "shared", "--base", "base.safetensors", "--out", "out"], 1, "shared is an export"),
         (["verify", "run.zolog", "--base", "run.zolog"], 1, "not a safetensors file"),
         (["verify", "run.zolog", "--base", "none"], 2, "No such file"),
         (["replay", "run.zolog", "--base", "base.safetensors", "--out", "none/out"], 2, "out was not written: No such file or directory"),
@@ -160,6 +202,7 @@ def test_errors_are_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    export(run[1], "shared")
     files = {path: path.read_bytes() for path in tmp_path.iterdir()}
     assert main(arguments) == code
     error = capsys.readouterr().err

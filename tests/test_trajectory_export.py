@@ -34,7 +34,11 @@ from zo_lightning.engine.trajectory import (
     apply,
     export,
     load,
+    read_log,
+    replay,
     trained_fingerprint,
+    undo,
+    verify,
 )
 from zo_lightning.engine.trajectory import columns as layout
 from zo_lightning.engine.trajectory.export import decode, encode
@@ -313,3 +317,22 @@ def test_a_mark_of_the_last_step_is_the_result(tmp_path: Path) -> None:
     log.records += [Mark(3, "ab" * 32)]
     assert export(log, tmp_path / "a").result == "ab" * 32
     assert load(tmp_path / "a").result == "ab" * 32
+
+
+def test_an_export_where_a_log_belongs_and_the_other_way_round(tmp_path: Path) -> None:
+    model = mlp()
+    recorder = Recorder(ZOOptimizer(model, lr=0.05), tmp_path / "log")
+    recorder.step(mean_square(model, regression()))
+    recorder.writer.close()
+    export(tmp_path / "log", tmp_path / "shared")
+    base, before = tmp_path / "log.base.safetensors", snapshot(model)
+    message = r"shared is an export .*not the log itself. Give its path to `apply`.*or to `load`.*zo_lightning.engine.trajectory"
+    for call in (read_log, lambda path: replay(model, path), lambda path: verify(model, path), lambda path: undo(model, path, 0, base)):
+        with pytest.raises(LogError, match=message):
+            call(tmp_path / "shared")
+    with pytest.raises(LogError, match=r"base.safetensors is not a step log"):
+        read_log(base)
+    for call in (load, lambda path: apply(model, path)):
+        with pytest.raises(LogError, match=r"log is a step log, not an export of one. Make its steps with `replay`"):
+            call(tmp_path / "log")
+    assert same(snapshot(model), before)

@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from trajectory_tools import trained_of
 
 from zo_lightning.engine import ZOOptimizer
-from zo_lightning.engine.trajectory import LogError, fingerprint, frozen_fingerprint, load_base, save_base, trained_fingerprint, write_bytes
+from zo_lightning.engine.trajectory import (
+    LogError,
+    Trajectory,
+    fingerprint,
+    frozen_fingerprint,
+    load_base,
+    save_base,
+    trained_fingerprint,
+    write_bytes,
+)
 from zo_lightning.engine.trajectory import atomic as atomic_module
 from zo_lightning.engine.trajectory import weights as weights_module
 
@@ -146,6 +155,53 @@ def test_file_and_folder_are_flushed_before_and_after_the_rename(tmp_path: Path,
     assert order == ["file", "rename", "folder"]
 
 
+def test_a_base_that_does_not_fit_is_told_with_the_reason_of_the_system(tmp_path: Path) -> None:
+    """A limit that the kernel keeps, as a disk that is full."""
+    resource = pytest.importorskip("resource")
+    log, limits = Trajectory(tmp_path / "run"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"safetensors was not written: File too large\. Make room, or choose a folder") as caught:
+            log.begin(ZOOptimizer(mlp(), lr=1.0))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.errno == errno.EFBIG
+    assert Path(caught.value.filename).parent == tmp_path / "run"
+    assert str(caught.value).count("was not written") == 1
+    assert list((tmp_path / "run").iterdir()) == []
+    log.begin(ZOOptimizer(mlp(), lr=1.0))
+    log.close(ZOOptimizer(mlp(), lr=1.0))
+
+
+def test_a_folder_that_can_not_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = os.open
+
+    def read_only(path: Any, flags: int, *args: Any, **given: Any) -> int:
+        if flags & os.O_CREAT and str(path).startswith(str(tmp_path)):
+            raise OSError(errno.EROFS, "read-only")
+        return plain(path, flags, *args, **given)
+
+    monkeypatch.setattr(os, "open", read_only)
+    with pytest.raises(OSError, match=r"safetensors was not written: Read-only file system\. Make room, or choose a folder") as caught:
+        Trajectory(tmp_path).begin(ZOOptimizer(mlp(), lr=1.0))
+    assert caught.value.errno == errno.EROFS
+    monkeypatch.undo()
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(OSError, match=r"The folder .*file.* of the step log could not be made: .*\. Make room, or choose a folder"):
+            Trajectory(folder).begin(ZOOptimizer(mlp(), lr=1.0))
+
+
+def test_files_can_be_read_by_whom_the_user_lets(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        save_base(tmp_path / "base", trained_of(ZOOptimizer(mlp(), lr=1.0)))
+        write_bytes(tmp_path / "file", b"x")
+    finally:
+        os.umask(before)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("base", "file")] == [0o640] * 2
+
+
 def test_base_weights_of_every_dtype_and_stride_come_back(tmp_path: Path) -> None:
     module = nn.Module()
     for number, dtype in enumerate(DTYPES):
@@ -173,6 +229,6 @@ def test_a_base_that_is_none_or_can_not_be_written_is_told(tmp_path: Path, monke
 
     monkeypatch.setattr(weights_module, "save_file", full)
     trained = trained_of(ZOOptimizer(mlp(), lr=1.0))
-    with pytest.raises(OSError, match=r"new was not written.*No space left on device"):
+    with pytest.raises(OSError, match=r"^[^\[]*new was not written: No space left on device\. Make room"):
         save_base(tmp_path / "new", trained)
     assert [p.name for p in tmp_path.iterdir()] == ["base"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import warnings
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_tools import Regression, bert, llama, numbers, texts, tokens, trainer, weights
+from hf_tools import Regression, arguments, bert, llama, numbers, sentences, texts, tokenizer, tokens, trainer, weights
 from keeper_tools import equal
 from peft import LoraConfig, get_peft_model
 from transformers import EarlyStoppingCallback
@@ -18,9 +19,11 @@ from zo_lightning.callbacks import Run, TrajectoryLog, ZOCallback, ZOMonitor
 from zo_lightning.engine import StepReport
 from zo_lightning.engine.messages import ZOWarning
 from zo_lightning.engine.trajectory import load_base, read_log, verify
+from zo_lightning.hf_integration import ZOConfig, ZOTrainerMixin
 
 CHANGED = pytest.mark.filterwarnings(r"ignore:Before step \d+ the trained weights were changed:zo_lightning.engine.messages.ZOWarning")
 LORA = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+TRL = pytest.mark.filterwarnings("ignore:`gradient_checkpointing(_enable)?`:FutureWarning")
 pytestmark = [CHANGED, LORA, pytest.mark.filterwarnings(r"ignore:The run in .* was cut off:zo_lightning.engine.messages.ZOWarning")]
 LOG = "trajectory.zolog"
 UNLIKE = ("train_runtime", "eval_runtime", "train_loss", "total_flos")
@@ -257,3 +260,37 @@ def test_a_batch_size_that_is_found_begins_again(tmp_path: Path) -> None:
     log = read_log(tmp_path / LOG)
     assert log.end is not None
     assert verify(load_base(tmp_path / str(log.segments[-1].base)), log).ok
+
+
+@TRL
+@pytest.mark.parametrize("save", [{}, SAVES], ids=["plain", "saves"])
+def test_a_supervised_fine_tuning_of_trl_ends_as_the_whole_one(
+    save: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    trl = pytest.importorskip("trl")
+    kind = type("ZOSFTTrainer", (ZOTrainerMixin, trl.SFTTrainer), {})
+
+    def script(folder: Path, cut: int | None = None, seed: int = 1) -> dict[str, Any]:
+        shuffled = {"train_sampling_strategy": "random", "lr_scheduler_type": "linear", "max_steps": 9}
+        args = arguments(folder, ZOConfig, per_device_train_batch_size=4, zo_eps=1e-2, **shuffled, **save)
+        host = kind(
+            model=llama(seed),
+            args=args,
+            train_dataset=sentences(),
+            processing_class=tokenizer(),
+            callbacks=[TrajectoryLog(), Scissors(cut)],
+        )
+        with contextlib.suppress(CutError):
+            host.train()
+        engine = host.zo_optimizer
+        rates = [group["lr"] for group in engine.param_groups]
+        return {"weights": weights(host.model), "zo": engine.state_dict()["zo"], "lr": rates, "step": host.state.global_step}
+
+    whole = script(tmp_path / "whole")
+    assert whole["step"] == 9
+    for cut in (2, 7):
+        assert script(tmp_path / str(cut), cut)["step"] == cut - 1  # the host counts a step when it is over
+        assert equal(script(tmp_path / str(cut), seed=9), whole)
+        assert read_log(tmp_path / str(cut) / LOG).end_step == 9

@@ -297,3 +297,34 @@ def test_two_fits_of_one_trainer_are_one_log(tmp_path: Path) -> None:
         twice(tmp_path / "run", 1, 9)
     again = twice(tmp_path / "run", 2)
     assert lightning_models.same(lightning_models.state(again), lightning_models.state(whole))
+
+
+class Rates(ZOCallback):
+    """Keeps the learning rate of every step that is made here."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_zo_step(self, run: Run, report: StepReport) -> None:
+        self.seen.append(report.lr)
+
+
+@pytest.mark.parametrize("save", [None, 3], ids=["log alone", "checkpoints"])
+def test_a_plateau_that_was_reached_before_the_cut_is_not_forgotten(save: int | None, tmp_path: Path) -> None:
+    """ReduceLROnPlateau of a validation metric, once an epoch of 8 steps."""
+
+    def script(folder: Path, cut: int | None = None, seed: int = 1) -> tuple[dict[str, Any], list[float]]:
+        rates = Rates()
+        result = fit(folder, cut, seed, plateau="val_loss", save=save, limits={"max_epochs": 5}, callbacks=[rates])
+        return result, rates.seen
+
+    whole, rates = script(tmp_path / "whole")
+    steps = [step for step in range(1, 40) if rates[step] != rates[step - 1]]
+    assert len(steps) >= 2  # epochs after which it was reached
+    for cut in (steps[0] + 3, steps[-1], steps[-1] + 1):
+        folder = tmp_path / str(cut)
+        assert script(folder, cut)[0]["cut"]
+        again, rest = script(folder, seed=9)
+        assert equal(again, whole), [key for key in whole if not equal(whole[key], again[key])]
+        assert rest == rates[-len(rest) :]
+        assert len(rest) >= 40 - cut

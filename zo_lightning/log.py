@@ -90,6 +90,7 @@ def summary(log: Log) -> dict[str, Any]:
         "file": str(log.path),
         "bytes": log.path.stat().st_size,
         "torn bytes": log.torn_bytes,
+        "torn": log.torn or None,
         "steps": len(steps),
         "first step": steps[0].step if steps else None,
         "last step": steps[-1].step if steps else None,
@@ -133,8 +134,8 @@ def _part(part: Any) -> str:
 
 def _verify(options: argparse.Namespace) -> int:
     log = read_log(options.log)
-    torn = f"; {log.torn_bytes} bytes of an interrupted append at its end" if log.torn_bytes else ""
-    print(f"{options.log}: {sum(isinstance(r, StepRecord) for r in log.records)} steps, whole{torn}.")
+    state = f"; {log.torn}" if log.torn else ", whole"
+    print(f"{options.log}: {sum(isinstance(r, StepRecord) for r in log.records)} steps{state}.")
     if options.base is None:
         return 0
     found = verify(load_base(options.base), log)

@@ -1,5 +1,6 @@
 """Forward-only optimization in plain PyTorch: the mathematics of zo-lightning, without any host."""
 
+from zo_lightning.engine import first_calls
 from zo_lightning.engine.estimators import SPSA, Estimator, Term
 from zo_lightning.engine.messages import ZOWarning
 from zo_lightning.engine.noise import Gaussian, Noise, Rademacher
@@ -9,6 +10,8 @@ from zo_lightning.engine.parallel import DataParallel, Exchange
 from zo_lightning.engine.report import Estimate, StepReport
 from zo_lightning.engine.safeguard import DivergenceError, Safeguard
 from zo_lightning.engine.updates import SGD, UpdateRule
+
+first_calls.make()
 
 __all__ = [
     "SGD",

@@ -24,7 +24,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = temporary_name(target)
     try:
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors puts another file there, which nobody else may read
         flush(temporary)
         os.replace(temporary, target)
         flush_folder(target.parent)
@@ -69,9 +71,11 @@ def flush_folder(folder: Path) -> None:
 
 
 def explained(error: OSError, what: str, path: str | os.PathLike[str]) -> OSError:
-    """The same kind of error, with a message that says what did not happen, and what to do."""
-    reason = os.strerror(error.errno) if error.errno else str(error)
-    return OSError(error.errno or 0, f"{what}: {reason}. Make room, or choose a folder that can be written, and try again", str(path))
+    """The same kind of error, with a message that says what did not happen (`what` names the file), why, and what to do."""
+    advice = "Make room, or choose a folder that can be written, and try again"
+    if not error.errno:
+        return OSError(f"{what}: {error}. {advice}")
+    return OSError(error.errno, f"{what}: {os.strerror(error.errno)}. {advice}", str(path))
 
 
 def _remove(path: Path) -> None:

@@ -16,6 +16,9 @@ from zo_lightning.engine.trajectory.encoding import canonical, parse
 
 Columns = dict[str, np.ndarray[Any, Any]]
 
+FORMAT = "zo-lightning fine-tune"
+"""What the metadata of an export says that it is."""
+
 _DTYPES: dict[str, np.dtype[Any]] = {"F64": np.dtype("<f8"), "U32": np.dtype("<u4"), "U8": np.dtype("u1")}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _LENGTH = struct.Struct("<Q")
@@ -55,6 +58,11 @@ def decode(data: bytes) -> tuple[Columns, dict[str, str]]:
     if sum(column.nbytes for column in columns.values()) != len(data) - begin:
         raise ValueError("its columns overlap, or leave gaps")
     return columns, metadata
+
+
+def is_export(beginning: bytes) -> bool:
+    """Whether a file that begins like this says that it is an export; whether it is a good one, `decode` finds out."""
+    return beginning[_LENGTH.size :].startswith(b'{"__metadata__":{') and f'"format":"{FORMAT}"'.encode() in beginning
 
 
 def _column(entry: Any, body: memoryview) -> np.ndarray[Any, Any]:

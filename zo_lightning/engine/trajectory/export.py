@@ -15,16 +15,16 @@ import numpy as np
 from zo_lightning.engine.journal import StepRecord
 from zo_lightning.engine.trajectory import columns as layout
 from zo_lightning.engine.trajectory.atomic import same_file, write_bytes
-from zo_lightning.engine.trajectory.columns import Columns
+from zo_lightning.engine.trajectory.columns import FORMAT, Columns
 from zo_lightning.engine.trajectory.encoding import canonical, parse, segment_of
-from zo_lightning.engine.trajectory.frames import LogError
+from zo_lightning.engine.trajectory.frames import MAGIC, LogError
 from zo_lightning.engine.trajectory.log import Log, read_log
 from zo_lightning.engine.trajectory.records import End, Mark, Record, Segment, check
 from zo_lightning.engine.trajectory.replay import Source, end_of, replay
 from zo_lightning.engine.trajectory.targets import Target
 from zo_lightning.engine.updates import GroupSettings
 
-FORMAT, VERSION = "zo-lightning fine-tune", "1"
+VERSION = "1"
 _SETTINGS = ("lr", "eps", "weight_decay")
 
 
@@ -73,6 +73,8 @@ def export(log: Source, path: str | os.PathLike[str], to_step: int | None = None
 def load(path: str | os.PathLike[str]) -> FineTune:
     """Read an export. LogError for any byte that `export` would not have written, OSError where it can't be read."""
     data = Path(path).read_bytes()
+    if data.startswith(MAGIC[:-1]):
+        raise LogError(f"{path} is a step log, not an export of one. Make its steps with `replay`, or `export` it first.")
     try:
         return decode(data)
     except ValueError as error:

@@ -41,10 +41,14 @@ class Frame(NamedTuple):
 
 
 class Torn(NamedTuple):
-    """The file ends inside a frame that begins at `begin`."""
+    """The frame that begins at `begin` is the last one of the file, and not what was to be written: `problem` says in which way.
+
+    Where its checksum alone is wrong, nothing tells a write that was cut off from damage.
+    """
 
     begin: int
     size: int
+    problem: str = "it is incomplete"
 
 
 class Damage(NamedTuple):
@@ -90,7 +94,8 @@ def frames(file: BinaryIO, size: int) -> Iterator[Frame | Torn | Damage]:
         body = opening + file.read(length)
         expected = crc32(body, chain)
         if file.read(_CHAIN.size) != _CHAIN.pack(expected):
-            yield Torn(at, size) if _only_zeros(file) else Damage(at, "a record does not match its checksum")
+            last = _only_zeros(file)
+            yield Torn(at, size, "its checksum is wrong") if last else Damage(at, "a record does not match its checksum")
             return
         chain = expected
         yield Frame(kind, flags, body[_OPENING:], at, end, chain)

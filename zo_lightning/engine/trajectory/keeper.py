@@ -11,6 +11,7 @@ import torch
 
 from zo_lightning.engine.journal import Journal, StepRecord, Unrecorded
 from zo_lightning.engine.messages import say_once
+from zo_lightning.engine.trajectory.atomic import explained
 from zo_lightning.engine.trajectory.changed import State, Watch, same
 from zo_lightning.engine.trajectory.comparing import NAME, describe, differs, noted_path
 from zo_lightning.engine.trajectory.fingerprint import frozen_fingerprint, trained_fingerprint
@@ -194,7 +195,10 @@ class Trajectory(Journal):
         frozen = "" if optimizer.module is None else frozen_fingerprint(optimizer.module, trained)
         base = f"base-{optimizer.steps:08d}-{fingerprint[:8]}.safetensors" if self._save_base else None
         if first:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise explained(error, f"The folder {self.folder} of the step log could not be made", self.folder) from error
         if base is not None and first:
             save_base(self.folder / base, trained)
         optimizer.masters.clear()  # a replay begins with the weights alone

@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from zo_lightning.engine.journal import StepRecord
+from zo_lightning.engine.trajectory.columns import is_export
 from zo_lightning.engine.trajectory.encoding import decode
 from zo_lightning.engine.trajectory.frames import MAGIC, Damage, LogError, Torn, frames
 from zo_lightning.engine.trajectory.records import Checkpoint, End, Record, Segment
 from zo_lightning.engine.updates import GroupSettings
 
 Paths = str | os.PathLike[str]
+
+_LOOK = 4096
+"""Bytes that tell an export from other files."""
 
 
 @dataclass
@@ -60,13 +64,15 @@ class History:
 
 @dataclass
 class Log:
-    """What a file holds. `torn_bytes` at its end are an append that was interrupted; they are not among the records."""
+    """What a file holds. `torn_bytes` at its end are a last record that is incomplete or damaged, and not among the records."""
 
     path: Path
     records: list[Record]
     torn_bytes: int = 0
     end_step: int = 0
     """How many steps had been made at the end."""
+    torn: str = ""
+    """What is wrong with the last record, and that it is cut off; "" for a whole log."""
     _end: End | None = field(default=None, repr=False)
 
     @property
@@ -105,6 +111,10 @@ def read_log(path: Paths, *, keep: Callable[[Record], bool] | None = None) -> Lo
     for entry in scan(log.path, history):
         if isinstance(entry, Torn):
             log.torn_bytes = entry.size - entry.begin
+            log.torn = (
+                f"the last record ({log.torn_bytes} bytes at byte {entry.begin}) is left out, because {entry.problem}: a write that was "
+                "interrupted, or damage. It is cut off when the run goes on"
+            )
             break
         if keep is None or keep(entry.record):
             log.records.append(entry.record)
@@ -120,6 +130,11 @@ def scan(path: Path, history: History) -> Iterator[Entry | Torn]:
         size = os.fstat(file.fileno()).st_size
         magic = file.read(len(MAGIC))
         if magic[:-1] != MAGIC[:-1]:
+            if is_export(magic + file.read(_LOOK)):
+                raise LogError(
+                    f"{path} is an export (the steps of a log, for sharing), not the log itself. Give its path to `apply`, which makes its "
+                    "steps on a model with the base weights, or to `load`, which reads them (both in zo_lightning.engine.trajectory)."
+                )
             raise LogError(f"{path} is not a step log: it does not begin like one. Give the path of a log.")
         if magic != MAGIC:
             raise LogError(

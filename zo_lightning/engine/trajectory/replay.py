@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -32,6 +32,8 @@ class Verification:
     step: int
     checked: int
     problem: str | None
+    torn: str = ""
+    """What is wrong with the log's last record, which is then none of those that were followed."""
 
     @property
     def ok(self) -> bool:
@@ -65,7 +67,7 @@ def verify(target: Target, log: Source, to_step: int | None = None) -> Verificat
     """`replay`, with every fingerprint of the log compared on the way. The weights end where the first one disagrees."""
     log = _read(log)
     end = end_of(log, to_step)
-    return _Follow(target, log, checking=True).run(locate(target, log, end), end)
+    return replace(_Follow(target, log, checking=True).run(locate(target, log, end), end), torn=log.torn)
 
 
 def undo(target: Target, log: Source, to_step: int, base: Base | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from zo_lightning.engine.parameters import Trained
-from zo_lightning.engine.trajectory.atomic import explained, replacing
+from zo_lightning.engine.trajectory.atomic import replacing
 from zo_lightning.engine.trajectory.frames import LogError
 
 
@@ -22,12 +23,18 @@ def save_base(path: str | os.PathLike[str], trained: Sequence[Trained]) -> None:
 
 
 def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as one safetensors file, which is there as a whole or not at all."""
+    """Write tensors as one safetensors file, which is there as a whole or not at all. OSError as of `replacing`."""
     with replacing(path) as temporary:
         try:
             save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary)
         except SafetensorError as error:  # how it reports a full disk
-            raise explained(OSError(str(error)), f"{path} was not written", path) from error
+            raise _system_error(error) from error
+
+
+def _system_error(error: SafetensorError) -> OSError:
+    """What the system said, which safetensors has as text: "... (os error 28)"; numbers of Windows are others than errno's."""
+    number = re.search(r"\(os error (\d+)\)", str(error)) if os.name != "nt" else None
+    return OSError(str(error)) if number is None else OSError(int(number[1]), os.strerror(int(number[1])))
 
 
 def load_base(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> dict[str, Tensor]:
