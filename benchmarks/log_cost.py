@@ -73,10 +73,10 @@ class Timed(Journal):
     def __init__(self, journal: Journal) -> None:
         self.journal, self.seconds = journal, 0.0
 
-    def recall(self, step: int) -> Any:
+    def recall(self, step: int, updating: bool) -> Any:
         return self._timed(self.journal.recall, step)
 
-    def look(self, optimizer: ZOOptimizer) -> None:
+    def look(self, optimizer: ZOOptimizer, micro_batches: int, updating: bool) -> None:
         self._timed(self.journal.look, optimizer)
 
     def append(self, record: Any) -> None:

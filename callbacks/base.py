@@ -56,6 +56,9 @@ class ZOCallback:
     def on_checkpoint_end(self, run: Run, path: str) -> None:
         """The host has written a complete checkpoint, which training can be resumed from."""
 
+    def on_checkpoint_lost(self, run: Run, path: str) -> None:
+        """The host is about to write something to `path` that training can't be resumed from."""
+
     def on_run_complete(self, run: Run) -> None:
         """Training ended by itself; `on_run_end` follows."""
 

@@ -79,6 +79,10 @@ class TrajectoryLog(ZOCallback):
         if self._trajectory is not None:
             self._trajectory.checkpoint(run.optimizer, path, run.host)
 
+    def on_checkpoint_lost(self, run: Run, path: str) -> None:
+        if self._trajectory is not None:
+            self._trajectory.lose(run.optimizer, path)
+
     def on_run_complete(self, run: Run) -> None:
         if self._trajectory is not None:
             self._trajectory.end(run.optimizer)

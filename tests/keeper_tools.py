@@ -54,6 +54,8 @@ class Loop:
     calls: int = 0
     between: dict[int, Callable[[Loop], None]] = field(default_factory=dict)
     """What the user does before a window."""
+    inside: dict[int, Callable[[Loop], None]] = field(default_factory=dict)
+    """What the user does behind each micro-batch of a window."""
     log: Any = None
 
     def __post_init__(self) -> None:
@@ -98,6 +100,8 @@ class Loop:
                 return self.loss(window, part)
 
             self.optimizer.estimate(closure, weight=1 / self.setup.micro)
+            if window in self.inside:
+                self.inside[window](self)
         self.optimizer.step()
 
     def begin(self, resume: bool | str = "auto", **options: Any) -> Loop:

@@ -186,6 +186,26 @@ def test_resume_from_a_model_checkpoint_with_validation_in_between(tmp_path: Pat
 
 
 @pytest.mark.filterwarnings("ignore:.*AdamW's.*:UserWarning")
+@pytest.mark.parametrize("limit", [{"max_epochs": 3}, {"max_steps": 24}])
+def test_the_end_of_an_epoch_comes_once(limit: dict[str, int], tmp_path: Path) -> None:
+    class Trace(lightning().Callback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.seen: list[tuple[str, int, int]] = []
+
+        def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
+            self.seen.append(("start", trainer.current_epoch, trainer.global_step))
+
+        def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+            self.seen.append(("end", trainer.current_epoch, trainer.global_step))
+
+    whole, rest = Trace(), Trace()
+    trainer(tmp_path, callbacks=[whole, Saving(tmp_path / "run.ckpt", epoch=0)], **limit).fit(Noting(), loader())
+    trainer(tmp_path, callbacks=[rest], **limit).fit(Noting(), loader(), ckpt_path=tmp_path / "run.ckpt", weights_only=True)
+    assert whole.seen[:2] == [("start", 0, 0), ("end", 0, 8)]
+    assert rest.seen == whole.seen[2:]
+
+
+@pytest.mark.filterwarnings("ignore:.*AdamW's.*:UserWarning")
 def test_a_run_with_nothing_left_to_do_has_the_metrics_of_its_end(tmp_path: Path) -> None:
     class Validated(Noting):
         def validation_step(self, batch: Any, batch_idx: int) -> None:

@@ -230,3 +230,37 @@ def test_a_base_file_of_another_run_is_not_taken(tmp_path: Path) -> None:
     save_base(base, Loop(Setup(), tmp_path, seed=12).optimizer.residency.trained)
     with pytest.warns(ZOWarning, match="the weights are not those of that run after 0 steps"):
         Loop(Setup(), tmp_path, seed=13).run()
+
+
+@torch.no_grad()
+def clamped(loop: Loop) -> None:
+    for weight in loop.net.parameters():
+        weight.clamp_(-0.3, 0.3)
+
+
+@torch.no_grad()
+def shrunk(loop: Loop) -> None:
+    loop.net[0].weight.mul_(0.99)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weights", ["exact", "copy", "inplace"])
+@pytest.mark.parametrize("change", [clamped, shrunk])
+def test_weights_that_change_between_micro_batches(
+    change: Callable[[Loop], None], weights: str, dtype: torch.dtype, norm: bool, tmp_path: Path
+) -> None:
+    """As weight clipping in a hook of the host does, under accumulation."""
+    setup, inside = Setup(weights, dtype=dtype, norm=norm, micro=3, steps=6), dict.fromkeys(range(6), change)
+    whole = Loop(setup, tmp_path / "whole", inside=inside).run()
+    log = read_log(whole.log.path)
+    within = [segment for segment in log.segments if segment.within]
+    assert within
+    found = verify(load_base(log.path.parent / str(within[-1].base)), log)
+    assert found.ok
+    assert found.step == 6
+    for cut in [(0, 1), (1, 4), (3, 0), (3, 5), (5, 1)]:
+        folder = tmp_path / f"{cut[0]}.{cut[1]}"
+        Loop(setup, folder, inside=inside).run(cut)
+        again = Loop(setup, folder, inside=inside, seed=77).run()
+        assert equal(again.state(), whole.state()), cut

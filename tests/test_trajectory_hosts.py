@@ -101,6 +101,12 @@ def fit(folder: Path, cut: int | None = None, seed: int = 1, name: str = NAMES[0
         callbacks.append(lightning(name).callbacks.ModelCheckpoint(monitor=monitor, save_top_k=-1))
     if every:
         callbacks.append(lightning(name).callbacks.ModelCheckpoint(every_n_train_steps=every, save_top_k=-1))
+    if options.pop("epochs", False):
+        callbacks.append(lightning(name).callbacks.ModelCheckpoint(every_n_epochs=1, save_top_k=-1))
+        every = 1
+    if over := options.pop("over", None):
+        callbacks.append(lightning(name).callbacks.ModelCheckpoint(every_n_train_steps=over, save_last=True))
+        every = over
     count = Counting(name) if own.get("output") else None
     limits, path = {"max_epochs": 2, **options.pop("limits", {})}, options.pop("path", None)
     random.seed(0)
@@ -136,6 +142,9 @@ LIGHTNING: dict[str, dict[str, Any]] = {
     "checkpoints at every batch": {"save": 1, "val_check_interval": 4, "interval": "epoch", "limits": {"max_epochs": 3}},
     "plateau of the training loss": {"logs": True, "plateau": "train_loss_epoch", "limits": {"max_epochs": 4}},
     "plateau of the validation": {"plateau": "val_loss", "save": 6, "limits": {"max_epochs": 4}},
+    "plateau, a checkpoint at the end of epochs": {"plateau": "val_loss", "epochs": True, "limits": {"max_epochs": 4}},
+    "plateau, the same and max_steps": {"plateau": "val_loss", "epochs": True, "limits": {"max_steps": 30, "max_epochs": -1}},
+    "a file that is written over": {"over": 2, "interval": "epoch", "plateau": "val_loss", "limits": {"max_epochs": 3}},
     "a dict as output": {"output": True},
     "bf16": {"dtype": torch.bfloat16, "precision": "bf16-true", "save": 4},
     "bf16 in place": {"dtype": torch.bfloat16, "precision": "bf16-true", "zo": {"weights": "inplace"}, "logs": True},

@@ -74,10 +74,10 @@ class Recorder(Journal):
         """One step, fused if there is a closure, and its record."""
         self.optimizer.step(closure)
 
-    def recall(self, step: int) -> StepRecord | None:
+    def recall(self, step: int, updating: bool) -> StepRecord | None:
         return None
 
-    def look(self, optimizer: ZOOptimizer) -> None:
+    def look(self, optimizer: ZOOptimizer, micro_batches: int, updating: bool) -> None:
         pass
 
     def append(self, record: StepRecord) -> None:

@@ -36,12 +36,15 @@ class Journal(ABC):
     """Attached as `ZOOptimizer.journal`."""
 
     @abstractmethod
-    def recall(self, step: int) -> StepRecord | None:
-        """The record of a step that an earlier process made: its values are taken instead of measured ones, and it is not written again."""
+    def recall(self, step: int, updating: bool) -> StepRecord | None:
+        """The record of a step that an earlier process made: its values are taken instead of measured ones, and it is not written again.
+
+        Asked before each micro-batch, and, `updating`, before the update.
+        """
 
     @abstractmethod
-    def look(self, optimizer: ZOOptimizer) -> None:
-        """Evaluations or an update begin: were the weights changed by anything but steps?"""
+    def look(self, optimizer: ZOOptimizer, micro_batches: int, updating: bool) -> None:
+        """Evaluations or an update begin: were the weights changed by anything but steps? `micro_batches` were evaluated in this step."""
 
     @abstractmethod
     def append(self, record: StepRecord) -> None:
@@ -55,10 +58,10 @@ class Journal(ABC):
 class Unrecorded(Journal):
     """Nobody is told."""
 
-    def recall(self, step: int) -> StepRecord | None:
+    def recall(self, step: int, updating: bool) -> StepRecord | None:
         return None
 
-    def look(self, optimizer: ZOOptimizer) -> None:
+    def look(self, optimizer: ZOOptimizer, micro_batches: int, updating: bool) -> None:
         pass
 
     def append(self, record: StepRecord) -> None:

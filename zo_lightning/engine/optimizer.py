@@ -164,12 +164,12 @@ class ZOOptimizer(torch.optim.Optimizer):
         began = time.perf_counter()
         if self._window is None:
             self._window = self._new_window()
-        window, plan = self._window, self.journal.recall(self.steps)
+        window, plan = self._window, self.journal.recall(self.steps, updating=False)
         seed = evaluation_seed(self.seed, self.steps, window.micro_batches, self.exchange.rank)
         task = Task(closure, window.points, self.residency, [], seed, muted, loss_of)
         if plan is not None:
             return recall.estimate(plan, self._evaluator, task, window, weight)
-        self.journal.look(self)
+        self.journal.look(self, window.micro_batches, updating=False)
         output, losses = self._evaluator.evaluate(task._replace(eps=self._eps_of(window)))
         self.journal.remember(self)
         window.micro_batches += 1
@@ -193,7 +193,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         """
         began = time.perf_counter()
         window, self._window = self._window, None
-        plan = self.journal.recall(self.steps)
+        plan = self.journal.recall(self.steps, updating=True)
         values = self._values(window, plan)
         if values is None:
             self._check_no_gradients()
@@ -234,7 +234,7 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     def _record(self, plan: StepRecord | None, record: StepRecord, window: Window) -> None:
         """Tell the journal, before anything is changed; a step that it knows brings the moves that rounded the weights."""
-        self.journal.look(self)
+        self.journal.look(self, window.micro_batches, updating=True)
         if plan is not None:
             self.residency.reenact(plan.passes, window.points, recall.eps_of(plan))
         else:

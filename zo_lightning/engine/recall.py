@@ -27,10 +27,13 @@ def estimate(record: StepRecord, evaluator: Evaluator, task: Task, window: Windo
     loss = torch.tensor(math.fsum(record.values) / len(record.values) / record.micro_batches, dtype=torch.float64)
     output = (loss / weight).float() if weight else loss.float()
     window.micro_batches += 1
+    residency = task.residency
+    if isinstance(residency, InPlace):
+        residency = _SameMoves(residency, record, window.points)
+        if not record.traces:
+            with residency.session():  # here, and not all before the update: others may change the weights between micro-batches
+                pass
     if record.traces:
-        residency = task.residency
-        if isinstance(residency, InPlace):
-            residency = _SameMoves(residency, record, window.points)
         output, losses = evaluator.evaluate(task._replace(residency=residency, points=window.points[:1], eps=eps_of(record)))
         if not losses:
             return Estimate(None, None)

@@ -35,6 +35,7 @@ class DataOrder:
         self._fresh = True
         self._saved: dict[str, Any] | None = None
         self._resuming = False
+        self._in_epoch_end = False
 
     @property
     def _loop(self) -> Any:
@@ -55,14 +56,23 @@ class DataOrder:
         fit = self._trainer.fit_loop
         batch, epoch = self._loop.batch_progress, fit.epoch_progress.current
         if fit._iteration_based_training() and batch.current.completed and not batch.is_last_batch and epoch.completed == epoch.ready:
-            self._uncount("processed", "completed")  # max_steps ended the run, and Lightning counted the epoch that it cut short
+            self._count(-1, "processed", "completed")  # max_steps ended the run, and Lightning counted the epoch that it cut short
+        self._in_epoch_end = epoch.ready == epoch.processed == epoch.completed + 1
+        if fit._iteration_based_training() and self._in_epoch_end:
+            self._count(1, "completed")  # or Lightning runs the hooks of the end of the epoch once more
 
-    def _uncount(self, *names: str) -> None:
-        """Take one from the epochs that are counted."""
+    def _count(self, more: int, *names: str) -> None:
+        """Change the epochs that are counted."""
         progress = self._trainer.fit_loop.epoch_progress
         for count in (progress.current, progress.total):
             for name in names:
-                setattr(count, name, getattr(count, name) - 1)
+                setattr(count, name, getattr(count, name) + more)
+
+    def finish_epoch(self) -> None:
+        """Training begins. A checkpoint of the end of an epoch was written before the schedulers that look at metrics made their step."""
+        if self._in_epoch_end:
+            self._in_epoch_end = False
+            self._loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
 
     def loader_ready(self, loader: Any) -> None:
         """The fit loop is about to make the iterator of its first epoch."""
@@ -91,10 +101,6 @@ class DataOrder:
             self._loop._restarting = False
             self._loop.reset()
         seen = int(self._loop.batch_progress.current.ready)
-        if resuming and self._trainer.fit_loop.restarted_on_epoch_end:
-            self._skip_epoch()
-            inner(fetcher)
-            return
         if resuming and (saved is not None or seen):
             self._go_on(fetcher, seen, saved)
             inner(fetcher)
@@ -113,11 +119,6 @@ class DataOrder:
         fit, loop = self._trainer.fit_loop, self._loop
         counted = not (fit.restarted_mid_epoch or fit.restarted_on_epoch_end)
         return bool(loop.restarted_on_last and loop.batch_progress.is_last_batch and counted)
-
-    def _skip_epoch(self) -> None:
-        """With max_steps, Lightning enters an epoch that had ended once more: one batch too many, and the epoch counted twice."""
-        self._loop._restarting = False
-        self._uncount("processed")
 
     def _go_on(self, fetcher: Any, seen: int, saved: dict[str, Any] | None) -> None:
         """Bring the iterator to where the checkpoint was written, or say why not."""

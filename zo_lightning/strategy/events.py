@@ -55,6 +55,11 @@ class Events:
         for listener in self._listeners:
             listener.on_checkpoint_end(self._run, path)
 
+    def lose(self, path: str) -> None:
+        """What is written to `path` now is nothing to resume from, whatever was there before."""
+        for listener in self._listeners:
+            listener.on_checkpoint_lost(self._run, path)
+
     def complete(self) -> None:
         """Training ended by itself."""
         for listener in self._listeners:

@@ -169,6 +169,7 @@ class ForwardOnly(Bindable):
         if engine.steps == 0 and trainer.global_step > 0:
             engine.steps = trainer.global_step  # weights of another run: the seeds of its first steps are used up
         self._zo_give_metrics()
+        self._zo_data.finish_epoch()
         self._zo_data.attach()
         if self._zo_host is not None:
             self._zo_host.sync()
@@ -218,14 +219,16 @@ class ForwardOnly(Bindable):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Add the engine's state and the order of the data, unless only weights are saved."""
-        events: AbstractContextManager[None] = nullcontext()
+        events: AbstractContextManager[None] | None = None
         if self._zo_host is not None and self._zo_data is not None and "optimizer_states" in checkpoint:
             metrics = {key: torch.as_tensor(value).detach().cpu().clone() for key, value in self._zo_trainer.callback_metrics.items()}
             data = self._zo_gather(self._zo_data.state())
             checkpoint[STATE] = {"engine": self._zo_host.engine.state_dict(), "data": data, "metrics": metrics}
             if self._zo_events is not None and loses_nothing(self._zo_trainer):
                 events = self._zo_events.checkpoint(str(filepath))
-        with events:
+        if events is None and self._zo_events is not None:
+            self._zo_events.lose(str(filepath))
+        with events or nullcontext():
             super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:

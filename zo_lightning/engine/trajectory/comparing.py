@@ -13,7 +13,7 @@ import torch
 from zo_lightning.engine.noise.compiling import available
 from zo_lightning.engine.trajectory.fingerprint import dtype_name
 from zo_lightning.engine.trajectory.log import Log, read_log
-from zo_lightning.engine.trajectory.records import ParameterEntry, Segment
+from zo_lightning.engine.trajectory.records import LOST, ParameterEntry, Segment
 
 if TYPE_CHECKING:
     from zo_lightning.engine.optimizer import ZOOptimizer
@@ -111,5 +111,8 @@ def newest_checkpoint(folder: str | os.PathLike[str], max_steps: int = -1, ended
     log = read_log(path)
     over = log.end is not None
     limit = min(log.end_step if over else sys.maxsize, max_steps if max_steps > 0 else sys.maxsize)
-    found = [] if over and not ended else [record.path for record in reversed(log.checkpoints) if record.step < limit]
-    return [known if "://" in known else os.path.join(os.path.abspath(folder), known) for known in dict.fromkeys(found)]
+    if over and not ended:
+        return []
+    now = {record.path: record for record in log.checkpoints}  # a file may have been written over
+    newest = sorted((r for r in now.values() if r.step < limit and r.host != LOST), key=lambda r: -r.step)
+    return [r.path if "://" in r.path else os.path.join(os.path.abspath(folder), r.path) for r in newest]

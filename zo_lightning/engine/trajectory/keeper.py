@@ -16,7 +16,7 @@ from zo_lightning.engine.trajectory.changed import State, Watch, same
 from zo_lightning.engine.trajectory.comparing import NAME, describe, differs, noted_path
 from zo_lightning.engine.trajectory.fingerprint import frozen_fingerprint, trained_fingerprint
 from zo_lightning.engine.trajectory.log import Log, read_log
-from zo_lightning.engine.trajectory.records import MAX_POINTS, Checkpoint, End, Mark, Record, Segment
+from zo_lightning.engine.trajectory.records import LOST, MAX_POINTS, Checkpoint, End, Mark, Record, Segment
 from zo_lightning.engine.trajectory.targets import match
 from zo_lightning.engine.trajectory.weights import load_base, save_base
 from zo_lightning.engine.trajectory.writer import Fsync, LogWriter, unused
@@ -40,13 +40,16 @@ class Trajectory(Journal):
         self._fsync, self._save_base, self._traces = fsync, save_base, traces
         self._writer: LogWriter | None = None
         self._ahead: dict[int, StepRecord] = {}
-        self._segments: dict[int, Segment] = {}
+        self._segments: dict[tuple[int, bool], Segment] = {}
         self._segment: Segment | None = None
         self._watch = Watch()
         self._state: State | None = None
+        self._within = False
+        """Whether the weights were changed since the first micro-batch of this step."""
         self._residency: Any = None
         self._standing = ""
         self._bases: list[str] = []
+        self._checkpoints: set[str] = set()
         self._making: int | None = None
         self._optimizer: ZOOptimizer | None = None
         self.recalled = 0
@@ -163,9 +166,11 @@ class Trajectory(Journal):
         self._segment, self._residency = log.segments[-1], optimizer.residency
         self._bases = [segment.base for segment in log.segments if segment.base is not None]
         self._ahead = {record.step: record for record in log.steps if record.step >= step}
-        self._segments = {segment.step: segment for segment in log.segments if segment.step >= step}
-        if step in self._segments and self._segments[step].fingerprint == self._standing:
-            del self._segments[step]
+        self._checkpoints = {record.path for record in log.checkpoints}
+        self._segments = {(segment.step, segment.within): segment for segment in log.segments if segment.step >= step}
+        first_one = self._segments.get((step, False))
+        if first_one is not None and first_one.fingerprint == self._standing:
+            del self._segments[step, False]
         if self._ahead and first:
             say_once(
                 f"trajectory.recall.{self.path}",
@@ -212,35 +217,41 @@ class Trajectory(Journal):
 
     # ---- a step
 
-    def recall(self, step: int) -> StepRecord | None:
+    def recall(self, step: int, updating: bool) -> StepRecord | None:
         record = self._ahead.get(step)
         if self._optimizer is not None:
-            self._follow(self._optimizer)
+            self._follow(self._optimizer, updating)
         self._making = None if record is None else step
         return record
 
-    def look(self, optimizer: ZOOptimizer) -> None:
-        self._follow(optimizer)
-        if optimizer.steps in self._ahead or not (self._changed_set(optimizer) or self._changed(optimizer)):
+    def look(self, optimizer: ZOOptimizer, micro_batches: int, updating: bool) -> None:
+        self._follow(optimizer, updating)
+        if optimizer.steps in self._ahead:
             return
-        segment = self._new_segment(optimizer, self._writer is not None)
+        self._within = self._changed_set(optimizer) or self._changed(optimizer) or (self._within and micro_batches > 0)
+        if not self._within or (micro_batches and not updating):
+            return
+        self._within = False
+        segment = dataclasses.replace(self._new_segment(optimizer, self._writer is not None), within=micro_batches > 0)
         if self._writer is not None:
             self._writer.append(segment)
         self._begun(optimizer, segment)
         self._forget_bases()
 
-    def _follow(self, optimizer: ZOOptimizer) -> None:
+    def _follow(self, optimizer: ZOOptimizer, updating: bool) -> None:
         """Where weights were changed by others between two recorded steps: they have changed again by now, or are loaded."""
-        segment = self._segments.get(optimizer.steps)
-        if segment is None:
-            return
+        for within in (False, True) if updating else (False,):
+            segment = self._segments.pop((optimizer.steps, within), None)
+            if segment is not None:
+                self._follow_to(optimizer, segment)
+
+    def _follow_to(self, optimizer: ZOOptimizer, segment: Segment) -> None:
         if trained_fingerprint(optimizer.residency.trained) != segment.fingerprint and not self._load(optimizer, segment):
             raise ValueError(
                 f"At step {segment.step} the run in {self.folder} went on from other weights than its steps had led to, and their file "
                 f"({segment.base}) is not there, or other parameters are trained here. Resume from a later checkpoint, or begin anew "
                 "with resume=False."
             )
-        del self._segments[optimizer.steps]
         optimizer.masters.clear()
         self._state = self._watch.state(optimizer.residency.trained)
 
@@ -289,19 +300,29 @@ class Trajectory(Journal):
     def mark(self, optimizer: ZOOptimizer) -> None:
         """A checkpoint is about to be written: note the fingerprint of the weights that it will hold."""
         if not self.behind:
-            self.look(optimizer)
+            self.look(optimizer, _evaluated(optimizer), updating=False)
         if self._writer is not None and not self.behind:
             self._note(Mark(optimizer.steps, trained_fingerprint(optimizer.residency.trained)))
 
     def checkpoint(self, optimizer: ZOOptimizer, path: str, host: str) -> None:
         """The host has written a complete checkpoint."""
         if not self.behind:
-            self._note(Checkpoint(optimizer.steps, noted_path(self.folder, path), host))
+            noted = noted_path(self.folder, path)
+            self._checkpoints.add(noted)
+            self._note(Checkpoint(optimizer.steps, noted, host))
+
+    def lose(self, optimizer: ZOOptimizer, path: str) -> None:
+        """What the host is about to write to `path` is nothing to resume from: an earlier checkpoint there does not count any more."""
+        noted = noted_path(self.folder, path)
+        if noted in self._checkpoints:
+            self._checkpoints.discard(noted)
+            if self._writer is not None:
+                self._writer.append(Checkpoint(min(optimizer.steps, self._writer.history.next_step), noted, LOST))
 
     def end(self, optimizer: ZOOptimizer) -> None:
         """The run ended by itself."""
         if not self.behind:
-            self.look(optimizer)
+            self.look(optimizer, _evaluated(optimizer), updating=False)
         if self._writer is not None and not self.behind:
             self._note(End(optimizer.steps, trained_fingerprint(optimizer.residency.trained)))
 
@@ -317,3 +338,8 @@ class Trajectory(Journal):
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+
+def _evaluated(optimizer: ZOOptimizer) -> int:
+    """Micro-batches that were evaluated since the last update."""
+    return 0 if optimizer._window is None else optimizer._window.micro_batches

@@ -11,6 +11,8 @@ from typing import Any
 from zo_lightning.engine.journal import StepRecord
 from zo_lightning.engine.updates import GroupSettings
 
+LOST = "lost"
+"""`Checkpoint.host` of a path that no longer holds anything to resume from."""
 BACK, SESSION = 255, 254
 """Bytes of `StepRecord.passes`: moved back to the origin; a micro-batch begins."""
 MAX_POINTS = 250
@@ -54,13 +56,15 @@ class Segment:
     """Of the trained weights at `step`."""
     frozen: str = ""
     """Of everything else in the module, "" where it is not known."""
+    within: bool = False
+    """Whether the weights were changed after evaluations of `step`: only its update was made on these."""
     base: str | None = None
     """Name of a safetensors file beside the log with the trained weights at `step`."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The host wrote a complete checkpoint of the state after `step` steps."""
+    """The host wrote a complete checkpoint of the state after `step` steps; or, with LOST as `host`, over one that was there."""
 
     step: int
     path: str
@@ -144,6 +148,7 @@ def _check_segment(record: Segment) -> None:
     for entry in record.parameters:
         _check_parameter(entry)
     _require(len({entry.name for entry in record.parameters}) == len(record.parameters), "parameters: a name comes twice")
+    _require(isinstance(record.within, bool), "within: not True or False")
     _fingerprint(record.fingerprint, "fingerprint")
     if record.frozen != "":
         _fingerprint(record.frozen, "frozen")

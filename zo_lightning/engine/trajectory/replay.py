@@ -137,6 +137,7 @@ class _Follow:
         self._target, self._log, self._checking = target, log, checking
         self._trained: list[Trained] = []
         self._checked = 0
+        self._within: int | None = None
 
     def run(self, start: Anchor, end: int) -> Verification:
         """From an anchor to step `end`."""
@@ -148,7 +149,7 @@ class _Follow:
             if isinstance(record, StepRecord):
                 if record.step >= end:
                     break
-                waiting.append(record)
+                waiting.append(replace(record, passes=b"") if self._within == record.step else record)
                 step = record.step + 1
             elif isinstance(record, Segment) or (self._checking and isinstance(record, (Mark, End))):
                 if record.step > end:
@@ -164,6 +165,7 @@ class _Follow:
         return Verification(step, self._checked, None)
 
     def _enter(self, segment: Segment) -> Stepper:
+        self._within = segment.step if segment.within else None  # whose moves its weights have made already
         self._trained = match(self._target, segment)
         return Stepper(segment, self._trained, noise_of(self._target, segment))
 
