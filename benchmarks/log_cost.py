@@ -74,10 +74,13 @@ class Timed(Journal):
         self.journal, self.seconds = journal, 0.0
 
     def recall(self, step: int, updating: bool) -> Any:
-        return self._timed(self.journal.recall, step)
+        return self._timed(self.journal.recall, step, updating)
+
+    def mask(self, optimizer: ZOOptimizer) -> None:
+        self._timed(self.journal.mask, optimizer)
 
     def look(self, optimizer: ZOOptimizer, micro_batches: int, updating: bool) -> None:
-        self._timed(self.journal.look, optimizer)
+        self._timed(self.journal.look, optimizer, micro_batches, updating)
 
     def append(self, record: Any) -> None:
         self._timed(self.journal.append, record)
@@ -85,9 +88,9 @@ class Timed(Journal):
     def remember(self, optimizer: ZOOptimizer) -> None:
         self._timed(self.journal.remember, optimizer)
 
-    def _timed(self, function: Any, argument: Any) -> Any:
+    def _timed(self, function: Any, *arguments: Any) -> Any:
         began = time.perf_counter()
-        result = function(argument)
+        result = function(*arguments)
         self.seconds += time.perf_counter() - began
         return result
 

@@ -77,6 +77,9 @@ class Recorder(Journal):
     def recall(self, step: int, updating: bool) -> StepRecord | None:
         return None
 
+    def mask(self, optimizer: ZOOptimizer) -> None:
+        pass
+
     def look(self, optimizer: ZOOptimizer, micro_batches: int, updating: bool) -> None:
         pass
 

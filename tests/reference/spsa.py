@@ -25,6 +25,8 @@ class Settings:
     seed: int = 0
     clip: float | None = None
     overrides: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    mask: Callable[[int, Weights], Weights] | None = None
+    """(step, theta) -> 1.0 for every weight that is trained, 0.0 for the others."""
 
     def of(self, name: str) -> tuple[float, float, float]:
         """(lr, eps, weight decay) of a parameter."""
@@ -41,10 +43,11 @@ def noise_like(theta: Weights, settings: Settings, step: int, query: int) -> Wei
 def spsa_step(theta: Weights, loss: Callable[[Weights], float], settings: Settings, step: int) -> tuple[Weights, list[float]]:
     """(theta after the step, the losses at +, -, +, -, ...).
 
-    theta <- (1 - lr wd) theta - lr / n sum_i clip((l_i+ - l_i-) / (2 eps)) z_i
+    theta <- (1 - lr wd m) theta - lr / n sum_i clip((l_i+ - l_i-) / (2 eps)) m z_i, with the mask m
     """
     n = settings.queries
-    noises = [noise_like(theta, settings, step, query) for query in range(n)]
+    masks = {name: torch.ones_like(w) for name, w in theta.items()} if settings.mask is None else settings.mask(step, theta)
+    noises = [{name: masks[name] * z for name, z in noise_like(theta, settings, step, query).items()} for query in range(n)]
     losses = []
     for z in noises:
         for sign in (1.0, -1.0):
@@ -58,5 +61,5 @@ def spsa_step(theta: Weights, loss: Callable[[Weights], float], settings: Settin
             if settings.clip is not None:
                 g = max(-settings.clip, min(settings.clip, g))
             change += z[name].to(w.dtype) * (-lr * g / n)
-        updated[name] = w * (1 - lr * decay) + change
+        updated[name] = w * (1 - lr * decay * masks[name]) + change
     return updated, losses

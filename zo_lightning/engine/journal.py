@@ -43,6 +43,10 @@ class Journal(ABC):
         """
 
     @abstractmethod
+    def mask(self, optimizer: ZOOptimizer) -> None:
+        """A step begins with another mask than the one before; `optimizer.masks` has it."""
+
+    @abstractmethod
     def look(self, optimizer: ZOOptimizer, micro_batches: int, updating: bool) -> None:
         """Evaluations or an update begin: were the weights changed by anything but steps? `micro_batches` were evaluated in this step."""
 
@@ -60,6 +64,9 @@ class Unrecorded(Journal):
 
     def recall(self, step: int, updating: bool) -> StepRecord | None:
         return None
+
+    def mask(self, optimizer: ZOOptimizer) -> None:
+        pass
 
     def look(self, optimizer: ZOOptimizer, micro_batches: int, updating: bool) -> None:
         pass

@@ -14,15 +14,16 @@ from torch import Tensor, nn
 
 from zo_lightning.engine import recall, state
 from zo_lightning.engine.advice import NO_DIFFERENCE, NO_LOSS, NOTHING_TO_TRAIN, ZERO_STEPS, usual_lr
-from zo_lightning.engine.estimators import Estimator, Term
+from zo_lightning.engine.estimators import Estimator
 from zo_lightning.engine.evaluation import Closure, Evaluator, Muted, Task, as_scalar
 from zo_lightning.engine.journal import Journal, StepRecord, Unrecorded
+from zo_lightning.engine.masks import Mask, Masks
 from zo_lightning.engine.messages import say_once
 from zo_lightning.engine.noise import Change, Noise
 from zo_lightning.engine.options import DEFAULT_LR, EngineOptions, as_estimator, as_noise, as_safeguard, check_group
 from zo_lightning.engine.parallel import Exchange
 from zo_lightning.engine.parameters import Trained, collect, names_of, signature, split_input
-from zo_lightning.engine.report import Estimate, StepReport, float32_spacing
+from zo_lightning.engine.report import Estimate, StepReport, make_report
 from zo_lightning.engine.residency import Masters, Residency, build_residency
 from zo_lightning.engine.safeguard import Safeguard
 from zo_lightning.engine.seeds import evaluation_seed, query_seed, rounding_seed
@@ -50,6 +51,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         clip: bound on the absolute projected gradient of each query.
         safeguard: "stop", "halve", "warn", None or a `Safeguard`.
         max_nonfinite: consecutive steps with a non-finite loss before FloatingPointError; such steps are skipped and counted.
+        mask: a `masks.Mask`: which weights are trained; None trains all of them.
         module: the module whose forward the closure evaluates, where `params` is not one.
 
     Raises ValueError for options out of range, for tensors that can't be trained, and where nothing is trainable.
@@ -72,9 +74,10 @@ class ZOOptimizer(torch.optim.Optimizer):
         clip: float | None = None,
         safeguard: str | Safeguard | None = "stop",
         max_nonfinite: int = 20,
+        mask: Mask | None = None,
         module: nn.Module | None = None,
     ) -> None:
-        EngineOptions(lr, eps, seed, noise, estimator, weights, weight_decay, dropout, clip, safeguard, max_nonfinite).validate()
+        EngineOptions(lr, eps, seed, noise, estimator, weights, weight_decay, dropout, clip, safeguard, max_nonfinite, mask).validate()
         if module is not None and not isinstance(module, nn.Module):
             raise TypeError(f"module={module!r} is not an nn.Module. Pass the module whose forward the closure evaluates.")
         found, groups, given = split_input(params)
@@ -92,6 +95,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         self._window: Window | None = None
         self._residency: Residency | None = None
         self.masters = Masters()
+        self.masks = Masks(mask)
         self._signature: tuple[Any, ...] = ()
         self.report: StepReport | None = None
         self.journal: Journal = Unrecorded()
@@ -131,7 +135,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             if any(p.tensor._backward_hooks or p.tensor._post_accumulate_grad_hooks for p in trained):
                 say_once("grad_hooks", "Hooks on the gradients of parameters never run: forward-only training computes no gradient.")
             self._residency = build_residency(self.weights, self.module, trained, self.noise)
-            self._residency.masters = self.masters
+            self._residency.masters, self._residency.masks = self.masters, self.masks
             self._signature = now
         return self._residency
 
@@ -162,9 +166,10 @@ class ZOOptimizer(torch.optim.Optimizer):
         Raises TypeError or ValueError for a loss that is not one real number, RuntimeError where the closure calls backward.
         """
         began = time.perf_counter()
+        plan = self.journal.recall(self.steps, updating=False)
         if self._window is None:
-            self._window = self._new_window()
-        window, plan = self._window, self.journal.recall(self.steps, updating=False)
+            self._window = self._begin()
+        window = self._window
         seed = evaluation_seed(self.seed, self.steps, window.micro_batches, self.exchange.rank)
         task = Task(closure, window.points, self.residency, [], seed, muted, loss_of)
         if plan is not None:
@@ -199,7 +204,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             self._check_no_gradients()
             self._idle += 1
             return None
-        window = window or self._new_window()  # other ranks had data
+        window = window or self._begin()  # other ranks had data
         finite = all(math.isfinite(value) for value in values)
         terms = self.estimator.terms(window.points, values) if finite else []
         settings = self._settings(window, plan)
@@ -213,11 +218,11 @@ class ZOOptimizer(torch.optim.Optimizer):
         self._record(plan, StepRecord(self.steps, tuple(values), tuple(settings), not finite, max(1, window.micro_batches)), window)
         if finite:
             self.residency.update(change)
-        self.residency.take_passes()
+        self.residency.ended()
         self._idle = 0
         self.journal.remember(self)
         seconds = window.seconds + time.perf_counter() - began
-        self.report = self._make_report(window, values, terms, settings[0].lr, seconds)
+        self.report = make_report(self, window, values, terms, settings[0].lr, seconds)
         self.steps += 1
         self._keep_count(self.report)
         return self.report
@@ -240,6 +245,15 @@ class ZOOptimizer(torch.optim.Optimizer):
         else:
             passes = self.residency.take_passes()
             self.journal.append(replace(record, passes=passes, traces=window.traces, idle=self._idle))
+
+    def _begin(self) -> Window:
+        """A step begins."""
+        if self.masks.begin(self.steps, self.residency.trained, self.seed):
+            if not self.masks.reproducible:
+                self.masks.take(self.exchange.share(self.masks.chosen))
+            self.journal.mask(self)
+            self.masks.made(self.residency.trained)
+        return self._new_window()
 
     def _new_window(self) -> Window:
         return Window(self.estimator.points(lambda query: query_seed(self.seed, self.steps, query)), [])
@@ -287,25 +301,6 @@ class ZOOptimizer(torch.optim.Optimizer):
             return own
         recall.compare(plan, own)
         return list(plan.settings)
-
-    def _make_report(self, window: Window, values: list[float], terms: list[Term], lr: float, seconds: float) -> StepReport:
-        plus, minus = self.estimator.sides(values)
-        difference = max((abs(term.slope) for term in terms), default=math.nan) * 2 * max(1, len(terms))
-        return StepReport(
-            step=self.steps,
-            values=tuple(values),
-            loss=math.fsum(values) / len(values) if terms else math.nan,
-            loss_plus=plus,
-            loss_minus=minus,
-            projected_grad=math.fsum(self.rule.projected(terms, window.eps[0])) if terms else math.nan,
-            eps=window.eps[0],
-            lr=lr,
-            forward_passes=self.forward_passes,
-            skipped=not terms,
-            zero_difference=bool(terms) and not any(term.slope for term in terms),
-            resolution=difference / float32_spacing(max(abs(plus), abs(minus))) if terms else math.nan,
-            seconds=seconds,
-        )
 
     def _keep_count(self, report: StepReport) -> None:
         self.skipped_steps += report.skipped

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from zo_lightning.engine.estimators import ESTIMATORS, SPSA, Estimator
+from zo_lightning.engine.masks import Mask
 from zo_lightning.engine.messages import check_number, choose
 from zo_lightning.engine.noise import NOISES, Noise
 from zo_lightning.engine.residency import WEIGHTS
@@ -36,6 +37,7 @@ class EngineOptions:
     clip: float | None = None
     safeguard: str | Safeguard | None = "stop"
     max_nonfinite: int = 20
+    mask: Mask | None = None
 
     def validate(self) -> None:
         """Raise ValueError that names the option, its value and what is allowed."""
@@ -53,6 +55,8 @@ class EngineOptions:
         if not isinstance(self.dropout, bool):
             raise ValueError(f"Invalid dropout: {self.dropout!r}. Must be True (as the model is set) or False (Dropout modules off).")
         choose("weights", self.weights, WEIGHTS)
+        if self.mask is not None and not isinstance(self.mask, Mask):
+            raise ValueError(f"Invalid mask: {self.mask!r}. Must be a Mask (zo_lightning.engine.masks), or None.")
         as_noise(self.noise)
         as_estimator(self.estimator)
         as_safeguard(self.safeguard)

@@ -49,6 +49,7 @@ class _SameMoves(Residency):
     def __init__(self, inner: InPlace, record: StepRecord, points: Sequence[Displacement]) -> None:
         super().__init__(inner.module, inner.trained, inner.noise)
         self._inner, self._record, self._points = inner, record, points
+        self.masks = inner.masks
 
     @contextmanager
     def session(self) -> Iterator[None]:

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+from zo_lightning.engine.estimators import Term
+from zo_lightning.engine.window import Window
+
+if TYPE_CHECKING:
+    from zo_lightning.engine.optimizer import ZOOptimizer
 
 
 @dataclass(frozen=True)
@@ -49,3 +56,26 @@ def float32_spacing(value: float) -> float:
     if not math.isfinite(value):
         return math.nan
     return 2.0 ** (max(math.frexp(abs(value))[1], -125) - 24)
+
+
+def make_report(
+    optimizer: ZOOptimizer, window: Window, values: Sequence[float], terms: Sequence[Term], lr: float, seconds: float
+) -> StepReport:
+    """Of a step whose points had these values; without terms it was skipped."""
+    plus, minus = optimizer.estimator.sides(values)
+    difference = max((abs(term.slope) for term in terms), default=math.nan) * 2 * max(1, len(terms))
+    return StepReport(
+        step=optimizer.steps,
+        values=tuple(values),
+        loss=math.fsum(values) / len(values) if terms else math.nan,
+        loss_plus=plus,
+        loss_minus=minus,
+        projected_grad=math.fsum(optimizer.rule.projected(terms, window.eps[0])) if terms else math.nan,
+        eps=window.eps[0],
+        lr=lr,
+        forward_passes=optimizer.forward_passes,
+        skipped=not terms,
+        zero_difference=bool(terms) and not any(term.slope for term in terms),
+        resolution=difference / float32_spacing(max(abs(plus), abs(minus))) if terms else math.nan,
+        seconds=seconds,
+    )

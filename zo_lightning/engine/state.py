@@ -15,7 +15,7 @@ _COUNTERS = ("seed", "steps", "skipped_steps", "zero_difference_steps")
 
 COPIED = (
     *("module", "noise", "estimator", "weights", "seed", "rule", "safeguard", "max_nonfinite", "exchange", "report"),
-    *("steps", "skipped_steps", "zero_difference_steps", "_nonfinite_run", "_zero_run", "_window", "masters"),
+    *("steps", "skipped_steps", "zero_difference_steps", "_nonfinite_run", "_zero_run", "_window", "masters", "masks"),
 )
 """Attributes that a copy of an optimizer has, beside torch's own."""
 
@@ -33,6 +33,7 @@ def saved(optimizer: ZOOptimizer) -> dict[str, Any]:
         "noise": optimizer.noise.name,
         "idle": optimizer._idle,
         "masters": optimizer.masters.state_dict(),
+        "masks": optimizer.masks.state_dict(),
         "window": None if window is None else window.state_dict(),
     }
 
@@ -60,6 +61,7 @@ def load(optimizer: ZOOptimizer, zo: dict[str, Any]) -> None:
     optimizer._nonfinite_run, optimizer._zero_run = zo["nonfinite_run"], zo["zero_run"]
     optimizer._evaluator.count, optimizer._idle = zo["forward_passes"], zo["idle"]
     optimizer.masters.load_state_dict(zo["masters"])
+    optimizer.masks.load_state_dict(zo["masks"], {p.key: p.tensor.device for p in optimizer._trained()})
     if optimizer.safeguard is not None and zo["safeguard"] is not None:
         optimizer.safeguard.load_state_dict(zo["safeguard"])
     optimizer._window = None if zo["window"] is None else optimizer._new_window()

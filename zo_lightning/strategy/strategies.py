@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from zo_lightning.engine.estimators import Estimator
+from zo_lightning.engine.masks import Mask
 from zo_lightning.engine.noise import Noise
 from zo_lightning.engine.options import EngineOptions
 from zo_lightning.engine.parallel import DataParallel, Exchange, broadcast_parameters
@@ -32,6 +33,7 @@ class ZOStrategy(ForwardOnly, SingleDeviceStrategy):
         weights: "exact", "copy", "inplace" or "auto". dropout: False switches Dropout modules off while training.
         clip: bound on the absolute projected gradient. safeguard: "stop", "halve", "warn", None or a `Safeguard`.
         max_nonfinite: steps with a non-finite loss in a row before FloatingPointError.
+        mask: which weights are trained (`engine.masks.Mask`); the callback SparseMask sets it, too.
         device: None takes the Trainer's. accelerator, checkpoint_io, precision_plugin: as for Lightning's own strategies.
 
     Raises ValueError for options out of range, and Lightning's MisconfigurationException for what can't be trained by forward passes:
@@ -54,13 +56,14 @@ class ZOStrategy(ForwardOnly, SingleDeviceStrategy):
         clip: float | None = None,
         safeguard: str | Safeguard | None = "stop",
         max_nonfinite: int = 20,
+        mask: Mask | None = None,
         *,
         device: torch.device | str | None = None,
         accelerator: Any = None,
         checkpoint_io: Any = None,
         precision_plugin: Any = None,
     ) -> None:
-        options = EngineOptions(lr, eps, seed, noise, estimator, weights, weight_decay, dropout, clip, safeguard, max_nonfinite)
+        options = EngineOptions(lr, eps, seed, noise, estimator, weights, weight_decay, dropout, clip, safeguard, max_nonfinite, mask)
         host = {"accelerator": accelerator, "checkpoint_io": checkpoint_io, "precision_plugin": precision_plugin}
         self._zo_device = None if device is None else torch.device(device)
         super().__init__(options, host if device is None else {**host, "device": self._zo_device})
@@ -117,6 +120,7 @@ class ZODDPStrategy(ForwardOnly, DDPStrategy):
         clip: float | None = None,
         safeguard: str | Safeguard | None = "stop",
         max_nonfinite: int = 20,
+        mask: Mask | None = None,
         *,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
@@ -126,7 +130,7 @@ class ZODDPStrategy(ForwardOnly, DDPStrategy):
         checkpoint_io: Any = None,
         precision_plugin: Any = None,
     ) -> None:
-        options = EngineOptions(lr, eps, seed, noise, estimator, weights, weight_decay, dropout, clip, safeguard, max_nonfinite)
+        options = EngineOptions(lr, eps, seed, noise, estimator, weights, weight_decay, dropout, clip, safeguard, max_nonfinite, mask)
         self.cluster_environment = cluster_environment
         host = {
             "accelerator": accelerator,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor
 from zo_lightning.engine.noise.base import Drawn, Noise
 from zo_lightning.engine.noise.compiling import available
 from zo_lightning.engine.noise.flat import Small, step_flat
-from zo_lightning.engine.noise.sweep import SMALL, Item, compiled, flat, keys_of, large, packs
+from zo_lightning.engine.noise.members import Listed, Members
+from zo_lightning.engine.noise.sweep import MASKED, SMALL, Item, compiled, elements, flat, keys_of, large, masks_of, packs
 
-CHUNK = 1 << 21
+CHUNK = MASKED
 """Elements of a large tensor that stay in cache together."""
 
 
@@ -42,24 +44,32 @@ class Weights(Protocol):
 
 
 @torch.no_grad()
-def apply_changes(weights: Sequence[Weights], changes: Sequence[Change], noise: Noise) -> None:
-    """Apply the changes in their order; bit for bit what a `sweep` for each of them does."""
+def apply_changes(
+    weights: Sequence[Weights], changes: Sequence[Change], noise: Noise, masks: Mapping[int, Members] = MappingProxyType({})
+) -> None:
+    """Apply the changes in their order; bit for bit what a `sweep` for each of them does. `masks` are by the key of the parameter."""
     for device in {w.tensor.device for w in weights} if changes else ():
         here = [w for w in weights if w.tensor.device == device and w.tensor.numel()]
         tensors = [w.tensor.detach() for w in here]
-        items = [Item(tensor, tensor, w.key, 1.0, ()) for w, tensor in zip(here, tensors, strict=True)]
+        items = [Item(tensor, tensor, w.key, 1.0, (), mask=masks.get(w.key)) for w, tensor in zip(here, tensors, strict=True)]
         keys = keys_of(items, [(change.seeds, change.rounding) for change in changes], device)
         each = [[_item(item, *change.steps[w.group]) for w, item in zip(here, items, strict=True)] for change in changes]
         table = [[(own[i], drawn[i]) for own, drawn in zip(each, keys, strict=True)] for i in range(len(here))]
         fused = any(w.tensor.numel() > SMALL for w in here) and available(device.type)
         small: dict[torch.dtype, list[tuple[Item, Drawn]]] = {}
         index: dict[int, list[tuple[Item, Drawn]]] = {}
+        listed: dict[torch.dtype, list[list[tuple[Item, Drawn]]]] = {}
         for item, steps in zip(items, table, strict=True):
-            if item.base.numel() <= SMALL:
+            if isinstance(item.mask, Listed):
+                listed.setdefault(item.base.dtype, []).append(steps)
+            elif item.base.numel() <= SMALL:
                 small.setdefault(item.base.dtype, []).append((item, steps[0][1]))
                 index[id(item.base)] = steps
             else:
                 _large(steps, noise)
+        for some in listed.values():
+            for now in zip(*some, strict=True):
+                elements([(item, drawn) for item, drawn in now if not _nothing(item)], noise)
         for group in small.values():
             for pack in packs(group):
                 _small([index[id(item.base)] for item, _ in pack], noise, fused)
@@ -85,7 +95,8 @@ def _large(steps: Sequence[tuple[Item, Drawn]], noise: Noise) -> None:
         piece = whole[at : at + CHUNK]
         for item, drawn in steps:
             if not _nothing(item):
-                compiled(item, piece, piece, at, drawn, noise)
+                keep = None if item.mask is None else item.mask.kept(piece, at)
+                compiled(item, piece, piece, at, drawn, noise, keep)
 
 
 def _small(tensors: Sequence[Sequence[tuple[Item, Drawn]]], noise: Noise, fused: bool) -> None:
@@ -93,11 +104,12 @@ def _small(tensors: Sequence[Sequence[tuple[Item, Drawn]]], noise: Noise, fused:
     outs = [steps[0][0].base for steps in tensors]
     small = Small(outs)
     values = small.gather()
+    keep = masks_of(small, [steps[0][0].mask for steps in tensors])
     for now in zip(*tensors, strict=True):
         items = [item for item, _ in now]
         if all(map(_nothing, items)):
             continue
         decay = small.spread([item.decay for item in items])
         coefficients = [small.spread([item.coefficients[j] for item in items]) for j in range(len(items[0].coefficients))]
-        values = step_flat(small, values, decay, coefficients, [drawn for _, drawn in now], noise, fused).to(small.dtype)
+        values = step_flat(small, values, decay, coefficients, [drawn for _, drawn in now], noise, fused, keep).to(small.dtype)
     small.scatter(values, outs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import warnings
 from collections.abc import Callable
@@ -41,6 +42,10 @@ def dispatch(function: Callable[..., Any], device: torch.device) -> Callable[...
     return function if available(device.type) else function._torchdynamo_orig_callable  # type: ignore[attr-defined]
 
 
+_LIMIT = {"recompile_limit": 64} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
+"""Versions of a kernel: by dtype, by whether there is a mask, by sizes that torch treats specially. Before torch 2.13 it allows eight."""
+
+
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` compiled for any length, at its first call."""
-    return torch.compile(function, dynamic=True, fullgraph=True)
+    return torch.compile(function, dynamic=True, fullgraph=True, **_LIMIT)  # type: ignore[call-overload,no-any-return]

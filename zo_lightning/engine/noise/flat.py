@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from zo_lightning.engine.noise.base import Drawn, Noise, Stretch
+from zo_lightning.engine.noise.base import Drawn, Noise, Stretch, inside
 from zo_lightning.engine.noise.rounding import dither, fused_stochastic, stochastic
 
 
@@ -18,7 +18,7 @@ class Small:
         self.tensors = list(tensors)
         self.lengths = [tensor.numel() for tensor in self.tensors]
         self.dtype, self.device = self.tensors[0].dtype, self.tensors[0].device
-        self.compute = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.compute = compute_dtype(self.tensors[0])
 
     def gather(self) -> Tensor:
         """Their values, in a new tensor."""
@@ -37,6 +37,11 @@ class Small:
             out.copy_(piece.view(out.shape))
 
 
+def compute_dtype(base: Tensor) -> torch.dtype:
+    """float64 for float64 weights, else float32."""
+    return torch.float64 if base.dtype == torch.float64 else torch.float32
+
+
 def step_flat(
     small: Small,
     base: Tensor,
@@ -45,21 +50,48 @@ def step_flat(
     keys: Sequence[Drawn],
     noise: Noise,
     fused: bool,
+    keep: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """decay * base + sum_j c_j z_j for the flat values `base`; rounded to their dtype where the keys say stochastically, else wider."""
+    """decay * base + sum_j c_j z_j for the flat values `base`; rounded to their dtype where the keys say stochastically, else wider.
+
+    Outside keep(base) it is `base`.
+    """
     table = keys[0].table
-    total = torch.zeros((), dtype=small.compute, device=small.device)
-    for j, c in enumerate(coefficients):
-        z = noise.values(table, _whole(small, keys, j), torch.float32, fused)
-        scaled = z.to(small.compute) * _cast(c, small.compute)
+    drawn = (noise.values(table, _whole(small, keys, j), torch.float32, fused) for j in range(len(coefficients)))
+    dithered = dither(table, _whole(small, keys, keys[0].terms), fused) if keys[0].rounded else None
+    return moved(base, decay, total_of(drawn, coefficients, base), dithered, None if keep is None else keep(base), fused, small.dtype)
+
+
+def total_of(drawn: Iterable[Tensor], coefficients: Sequence[float | Tensor], base: Tensor) -> Tensor:
+    """sum_j c_j z_j, in the order of the terms."""
+    dtype = compute_dtype(base)
+    total = torch.zeros((), dtype=dtype, device=base.device)
+    for j, (c, z) in enumerate(zip(coefficients, drawn, strict=True)):
+        scaled = z.to(dtype) * _cast(c, dtype)
         total = scaled if j == 0 else total.add_(scaled)
-    wide = base.to(small.compute)
-    if not keys[0].rounded:
-        return (wide * _cast(decay, small.compute)).add_(total)
-    dithered = dither(table, _whole(small, keys, keys[0].terms), fused)
-    rounded = fused_stochastic if fused else stochastic
-    result: Tensor = rounded(wide, wide * _cast(decay - 1.0, small.compute) + total, dithered, small.dtype)
-    return result
+    return total
+
+
+def moved(
+    base: Tensor,
+    decay: float | Tensor,
+    total: Tensor,
+    dithered: Tensor | None,
+    keep: Tensor | None,
+    fused: bool,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """decay * base + total, wide, or with a dither rounded to `dtype` (None: that of `base`); `base` outside `keep` (`inside`)."""
+    compute = compute_dtype(base)
+    wide = base.to(compute)
+    own = inside(keep, wide)
+    if dithered is None:
+        result = (wide * _cast(decay, compute)).add_(total)
+        return result if own is None else torch.where(own, result, wide)
+    change = wide * _cast(decay - 1.0, compute) + total
+    change = change if own is None else torch.where(own, change, 0.0)
+    rounded: Tensor = (fused_stochastic if fused else stochastic)(wide, change, dithered, base.dtype if dtype is None else dtype)
+    return rounded
 
 
 def _whole(small: Small, keys: Sequence[Drawn], term: int) -> list[Stretch]:

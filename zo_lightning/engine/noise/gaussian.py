@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from zo_lightning.engine.noise.base import Noise, Stretch, constants, counters
+from zo_lightning.engine.noise.base import Noise, Stretch, constants, counters, inside, part_of
 from zo_lightning.engine.noise.compiling import dispatch, kernel
 from zo_lightning.engine.noise.rounding import BLOCK, settle
 from zo_lightning.engine.noise.threefry import fused_threefry, threefry
@@ -29,34 +29,40 @@ def _pairs(count: int, first: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     return _polar(*threefry(c0, key[2], key[0], key[1]))
 
 
-def _moved(base: Tensor, z: Tensor, scalars: Tensor) -> Tensor:
-    return base.to(scalars.dtype) * scalars[0] + scalars[1] * z.to(scalars.dtype)
+def _moved(base: Tensor, z: Tensor, scalars: Tensor, keep: Tensor | None) -> Tensor:
+    wide = base.to(scalars.dtype)
+    moved = wide * scalars[0] + scalars[1] * z.to(scalars.dtype)
+    own = inside(keep, wide)
+    return moved if own is None else torch.where(own, moved, wide)
+
+
+Kept = tuple[Tensor | None, Tensor | None]
 
 
 @kernel
-def _add_pair(a: Tensor, b: Tensor, base_a: Tensor, base_b: Tensor, first: Tensor, key: Tensor, scalars: Tensor) -> None:
+def _add_pair(a: Tensor, b: Tensor, base_a: Tensor, base_b: Tensor, first: Tensor, key: Tensor, scalars: Tensor, keep: Kept) -> None:
     radius, angle = _pairs(a.shape[0], first, key)
-    a.copy_(_moved(base_a, radius * torch.cos(angle), scalars))
-    b.copy_(_moved(base_b, radius * torch.sin(angle), scalars))
+    a.copy_(_moved(base_a, radius * torch.cos(angle), scalars, keep[0]))
+    b.copy_(_moved(base_b, radius * torch.sin(angle), scalars, keep[1]))
 
 
 @kernel
-def _add_pair_(a: Tensor, b: Tensor, first: Tensor, key: Tensor, scalars: Tensor) -> None:
+def _add_pair_(a: Tensor, b: Tensor, first: Tensor, key: Tensor, scalars: Tensor, keep: Kept) -> None:
     radius, angle = _pairs(a.shape[0], first, key)
-    a.copy_(_moved(a, radius * torch.cos(angle), scalars))
-    b.copy_(_moved(b, radius * torch.sin(angle), scalars))
+    a.copy_(_moved(a, radius * torch.cos(angle), scalars, keep[0]))
+    b.copy_(_moved(b, radius * torch.sin(angle), scalars, keep[1]))
 
 
 @kernel
-def _add_first(a: Tensor, base: Tensor, first: Tensor, key: Tensor, scalars: Tensor) -> None:
+def _add_first(a: Tensor, base: Tensor, first: Tensor, key: Tensor, scalars: Tensor, keep: Tensor | None) -> None:
     radius, angle = _pairs(a.shape[0], first, key)
-    a.copy_(_moved(base, radius * torch.cos(angle), scalars))
+    a.copy_(_moved(base, radius * torch.cos(angle), scalars, keep))
 
 
 @kernel
-def _add_first_(a: Tensor, first: Tensor, key: Tensor, scalars: Tensor) -> None:
+def _add_first_(a: Tensor, first: Tensor, key: Tensor, scalars: Tensor, keep: Tensor | None) -> None:
     radius, angle = _pairs(a.shape[0], first, key)
-    a.copy_(_moved(a, radius * torch.cos(angle), scalars))
+    a.copy_(_moved(a, radius * torch.cos(angle), scalars, keep))
 
 
 @kernel
@@ -109,7 +115,7 @@ class Gaussian(Noise):
         z: Tensor = dispatch(_normal_at, index.device)(index, key)
         return z
 
-    def add(self, out: Tensor, base: Tensor, key: Tensor, start: int, scalars: Tensor) -> None:
+    def add(self, out: Tensor, base: Tensor, key: Tensor, start: int, scalars: Tensor, keep: Tensor | None = None) -> None:
         in_place = out is base
         for begin in range(0, base.numel(), 2 * HALF):
             first = constants((start + begin) // 2, torch.int32, key.device)
@@ -117,22 +123,26 @@ class Gaussian(Noise):
             pairs = max(0, length - HALF)
             if pairs:
                 a, b = slice(begin, begin + pairs), slice(begin + HALF, begin + HALF + pairs)
+                kept = (part_of(keep, a), part_of(keep, b))
                 if in_place:
-                    _add_pair_(_alias(out[a]), _alias(out[b]), first, key, scalars)
+                    _add_pair_(_alias(out[a]), _alias(out[b]), first, key, scalars, kept)
                 else:
-                    _add_pair(_alias(out[a]), _alias(out[b]), base[a], base[b], first, key, scalars)
+                    _add_pair(_alias(out[a]), _alias(out[b]), base[a], base[b], first, key, scalars, kept)
             if pairs < min(length, HALF):
                 rest = slice(begin + pairs, begin + min(length, HALF))
+                here = part_of(keep, rest)
                 if in_place:
-                    _add_first_(out[rest], first + pairs, key, scalars)
+                    _add_first_(out[rest], first + pairs, key, scalars, here)
                 else:
-                    _add_first(out[rest], base[rest], first + pairs, key, scalars)
+                    _add_first(out[rest], base[rest], first + pairs, key, scalars, here)
 
-    def add_rounded(self, out: Tensor, base: Tensor, key: Tensor, round_key: Tensor, start: int, scalars: Tensor) -> None:
+    def add_rounded(
+        self, out: Tensor, base: Tensor, key: Tensor, round_key: Tensor, start: int, scalars: Tensor, keep: Tensor | None = None
+    ) -> None:
         for begin in range(0, base.numel(), 2 * HALF):
             part = slice(begin, begin + 2 * HALF)
             total = torch.zeros_like(base[part], dtype=torch.float32)
             self.add(total, total, key, start + begin, torch.stack((torch.ones_like(scalars[1]), scalars[1])))
             first = constants((start + begin) // BLOCK, torch.int32, key.device)
-            given = out[part]
-            settle(given, given if out is base else base[part], total, round_key, start + begin, scalars[0], first)
+            given, kept = out[part], part_of(keep, part)
+            settle(given, given if out is base else base[part], total, round_key, start + begin, scalars[0], first, kept)

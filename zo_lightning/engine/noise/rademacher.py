@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from zo_lightning.engine.noise.base import Noise, Stretch, constants, counters, pieces
+from zo_lightning.engine.noise.base import Noise, Stretch, constants, counters, inside, part_of, pieces
 from zo_lightning.engine.noise.compiling import dispatch, kernel
 from zo_lightning.engine.noise.rounding import dither, lanes, pairs_into, spread, stochastic
 from zo_lightning.engine.noise.threefry import fused_threefry, threefry
@@ -31,36 +31,67 @@ def _signed(words: Tensor, scale: Tensor) -> Tensor:
     return torch.where((words.t()[:, :, None] & bits) != 0, scale, -scale)
 
 
-@kernel
-def _add_signs(out: Tensor, base: Tensor, words: Tensor, first: Tensor, key: Tensor, scalars: Tensor) -> None:
-    _words_into(words, first, key)
-    out.copy_(base.to(scalars.dtype) * scalars[0] + _signed(words, scalars[1]))
+def _moved(base: Tensor, words: Tensor, scalars: Tensor, keep: Tensor | None) -> Tensor:
+    wide = base.to(scalars.dtype)
+    moved = wide * scalars[0] + _signed(words, scalars[1])
+    own = inside(keep, wide)
+    return moved if own is None else torch.where(own, moved, wide)
+
+
+def _change(wide: Tensor, words: Tensor, scalars: Tensor, keep: Tensor | None) -> Tensor:
+    """What is added to 16-bit weights, for `scalars` = (decay - 1, c)."""
+    change = wide * scalars[0] + _signed(words, scalars[1])
+    own = inside(keep, wide)
+    return change if own is None else torch.where(own, change, 0.0)
 
 
 @kernel
-def _add_signs_(weights: Tensor, words: Tensor, first: Tensor, key: Tensor, scalars: Tensor) -> None:
+def _add_signs(out: Tensor, base: Tensor, words: Tensor, first: Tensor, key: Tensor, scalars: Tensor, keep: Tensor | None) -> None:
     _words_into(words, first, key)
-    weights.copy_(weights.to(scalars.dtype) * scalars[0] + _signed(words, scalars[1]))
+    out.copy_(_moved(base, words, scalars, keep))
+
+
+@kernel
+def _add_signs_(weights: Tensor, words: Tensor, first: Tensor, key: Tensor, scalars: Tensor, keep: Tensor | None) -> None:
+    _words_into(words, first, key)
+    weights.copy_(_moved(weights, words, scalars, keep))
 
 
 @kernel
 def _round_signs(
-    out: Tensor, base: Tensor, words: Tensor, pairs: Tensor, lane: Tensor, first: Tensor, key: Tensor, round_key: Tensor, scalars: Tensor
+    out: Tensor,
+    base: Tensor,
+    words: Tensor,
+    pairs: Tensor,
+    lane: Tensor,
+    first: Tensor,
+    key: Tensor,
+    round_key: Tensor,
+    scalars: Tensor,
+    keep: Tensor | None,
 ) -> None:
     _words_into(words, first, key)
     pairs_into(pairs, first, round_key)
     wide = base.float()
-    out.copy_(stochastic(wide, wide * scalars[0] + _signed(words, scalars[1]), spread(pairs, lane), out.dtype))
+    out.copy_(stochastic(wide, _change(wide, words, scalars, keep), spread(pairs, lane), out.dtype))
 
 
 @kernel
 def _round_signs_(
-    weights: Tensor, words: Tensor, pairs: Tensor, lane: Tensor, first: Tensor, key: Tensor, round_key: Tensor, scalars: Tensor
+    weights: Tensor,
+    words: Tensor,
+    pairs: Tensor,
+    lane: Tensor,
+    first: Tensor,
+    key: Tensor,
+    round_key: Tensor,
+    scalars: Tensor,
+    keep: Tensor | None,
 ) -> None:
     _words_into(words, first, key)
     pairs_into(pairs, first, round_key)
     wide = weights.float()
-    weights.copy_(stochastic(wide, wide * scalars[0] + _signed(words, scalars[1]), spread(pairs, lane), weights.dtype))
+    weights.copy_(stochastic(wide, _change(wide, words, scalars, keep), spread(pairs, lane), weights.dtype))
 
 
 @kernel
@@ -93,38 +124,54 @@ class Rademacher(Noise):
         z: Tensor = dispatch(_sign_at, index.device)(index, key)
         return z
 
-    def add(self, out: Tensor, base: Tensor, key: Tensor, start: int, scalars: Tensor) -> None:
+    def add(self, out: Tensor, base: Tensor, key: Tensor, start: int, scalars: Tensor, keep: Tensor | None = None) -> None:
         whole = base.numel() // 64 * 64
         words = torch.empty(2 * min(whole, _CHUNK) // 64, dtype=torch.int32, device=base.device)
         for begin in range(0, whole, _CHUNK):
-            end = min(begin + _CHUNK, whole)
+            part = slice(begin, min(begin + _CHUNK, whole))
             first = constants((start + begin) // 64, torch.int32, key.device)
-            target, drawn = out[begin:end].view(-1, 2, 32), words[: (end - begin) // 32].view(2, -1)
+            target, drawn = _blocks(out[part]), words[: (part.stop - begin) // 32].view(2, -1)
+            kept = part_of(keep, part)
+            kept = kept if kept is None or kept is keep else _blocks(kept)
             if out is base:
-                _add_signs_(target, drawn, first, key, scalars)
+                _add_signs_(target, drawn, first, key, scalars, kept)
             else:
-                _add_signs(target, base[begin:end].view(-1, 2, 32), drawn, first, key, scalars)
+                _add_signs(target, _blocks(base[part]), drawn, first, key, scalars, kept)
         if whole < base.numel():
             tail = Stretch(0, start + whole, base.numel() - whole)
-            noise = self.values(key[None], [tail], scalars.dtype) * scalars[1]
-            out[whole:] = base[whole:].to(scalars.dtype) * scalars[0] + noise
+            wide = base[whole:].to(scalars.dtype)
+            moved = wide * scalars[0] + self.values(key[None], [tail], scalars.dtype) * scalars[1]
+            own = inside(part_of(keep, slice(whole, None)), wide)
+            out[whole:] = moved if own is None else torch.where(own, moved, wide)
 
-    def add_rounded(self, out: Tensor, base: Tensor, key: Tensor, round_key: Tensor, start: int, scalars: Tensor) -> None:
+    def add_rounded(
+        self, out: Tensor, base: Tensor, key: Tensor, round_key: Tensor, start: int, scalars: Tensor, keep: Tensor | None = None
+    ) -> None:
         whole = base.numel() // 64 * 64
         words = torch.empty(2 * min(whole, _CHUNK) // 64, dtype=torch.int32, device=base.device)
         pairs = torch.empty(2 * min(whole, _CHUNK) // 64, device=base.device)
         lane = lanes(base.device).view(2, 32)
         for begin in range(0, whole, _CHUNK):
-            end = min(begin + _CHUNK, whole)
+            part = slice(begin, min(begin + _CHUNK, whole))
             first = constants((start + begin) // 64, torch.int32, key.device)
-            count = (end - begin) // 32
-            target, drawn, dithers = out[begin:end].view(-1, 2, 32), words[:count].view(2, -1), pairs[:count].view(2, -1)
+            count = (part.stop - begin) // 32
+            target, drawn, dithers = _blocks(out[part]), words[:count].view(2, -1), pairs[:count].view(2, -1)
+            kept = part_of(keep, part)
+            kept = kept if kept is None or kept is keep else _blocks(kept)
             if out is base:
-                _round_signs_(target, drawn, dithers, lane, first, key, round_key, scalars)
+                _round_signs_(target, drawn, dithers, lane, first, key, round_key, scalars, kept)
             else:
-                _round_signs(target, base[begin:end].view(-1, 2, 32), drawn, dithers, lane, first, key, round_key, scalars)
+                _round_signs(target, _blocks(base[part]), drawn, dithers, lane, first, key, round_key, scalars, kept)
         if whole < base.numel():
             tail = [Stretch(0, start + whole, base.numel() - whole)]
             wide = base[whole:].float()
             change = wide * scalars[0] + self.values(key[None], tail, torch.float32) * scalars[1]
+            own = inside(part_of(keep, slice(whole, None)), wide)
+            if own is not None:
+                change = torch.where(own, change, 0.0)
             out[whole:] = stochastic(wide, change, dither(round_key[None], tail), base.dtype)
+
+
+def _blocks(flat: Tensor) -> Tensor:
+    """64 elements a row, those of one hash."""
+    return flat.view(-1, 2, 32)

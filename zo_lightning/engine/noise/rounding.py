@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from zo_lightning.engine.noise.base import Stretch, counters, pieces
+from zo_lightning.engine.noise.base import Stretch, counters, inside, part_of, pieces
 from zo_lightning.engine.noise.compiling import dispatch, kernel
 from zo_lightning.engine.noise.threefry import fused_threefry, threefry
 
@@ -117,36 +117,58 @@ def spread(pairs: Tensor, lane: Tensor) -> Tensor:
     return _lane(pairs[0][:, None, None], pairs[1][:, None, None], lane)
 
 
+def _shrunk(wide: Tensor, total: Tensor, shrink: Tensor, keep: Tensor | None) -> Tensor:
+    change = wide * shrink + total
+    own = inside(keep, wide)
+    return change if own is None else torch.where(own, change, 0.0)
+
+
 @kernel
 def _settle_blocks(
-    out: Tensor, base: Tensor, total: Tensor, pairs: Tensor, lane: Tensor, first: Tensor, key: Tensor, shrink: Tensor
+    out: Tensor,
+    base: Tensor,
+    total: Tensor,
+    pairs: Tensor,
+    lane: Tensor,
+    first: Tensor,
+    key: Tensor,
+    shrink: Tensor,
+    keep: Tensor | None,
 ) -> None:
     pairs_into(pairs, first, key)
     wide = base.float()
-    out.copy_(stochastic(wide, wide * shrink + total, spread(pairs, lane), out.dtype))
+    out.copy_(stochastic(wide, _shrunk(wide, total, shrink, keep), spread(pairs, lane), out.dtype))
 
 
 @kernel
-def _settle_blocks_(weights: Tensor, total: Tensor, pairs: Tensor, lane: Tensor, first: Tensor, key: Tensor, shrink: Tensor) -> None:
+def _settle_blocks_(
+    weights: Tensor, total: Tensor, pairs: Tensor, lane: Tensor, first: Tensor, key: Tensor, shrink: Tensor, keep: Tensor | None
+) -> None:
     pairs_into(pairs, first, key)
     wide = weights.float()
-    weights.copy_(stochastic(wide, wide * shrink + total, spread(pairs, lane), weights.dtype))
+    weights.copy_(stochastic(wide, _shrunk(wide, total, shrink, keep), spread(pairs, lane), weights.dtype))
 
 
-def settle(out: Tensor, base: Tensor, total: Tensor, key: Tensor, start: int, shrink: Tensor, first: Tensor) -> None:
+def settle(
+    out: Tensor, base: Tensor, total: Tensor, key: Tensor, start: int, shrink: Tensor, first: Tensor, keep: Tensor | None = None
+) -> None:
     """out <- decay * base + total, rounded stochastically, in one compiled pass: `shrink` is decay - 1, `first` is start / 64.
 
-    One-dimensional contiguous tensors; `start`, the index of the first element in its stream, is a multiple of 64.
+    One-dimensional contiguous tensors; `start`, the index of the first element in its stream, is a multiple of 64. Outside `keep`
+    (`inside`), out <- base.
     """
     whole = base.numel() // BLOCK * BLOCK
     if whole:
         pairs = torch.empty(2, whole // BLOCK, device=base.device)
         target, given, lane = out[:whole].view(-1, 2, 32), total[:whole].view(-1, 2, 32), lanes(base.device).view(2, 32)
+        kept = part_of(keep, slice(whole))
+        kept = kept if kept is None or kept is keep else kept.view(-1, 2, 32)
         if out is base:
-            _settle_blocks_(target, given, pairs, lane, first, key, shrink)
+            _settle_blocks_(target, given, pairs, lane, first, key, shrink, kept)
         else:
-            _settle_blocks(target, base[:whole].view(-1, 2, 32), given, pairs, lane, first, key, shrink)
+            _settle_blocks(target, base[:whole].view(-1, 2, 32), given, pairs, lane, first, key, shrink, kept)
     if whole < base.numel():
         drawn = dither(key[None], [Stretch(0, start + whole, base.numel() - whole)])
         wide = base[whole:].float()
-        out[whole:] = stochastic(wide, wide * shrink + total[whole:], drawn, base.dtype)
+        change = _shrunk(wide, total[whole:], shrink, part_of(keep, slice(whole, None)))
+        out[whole:] = stochastic(wide, change, drawn, base.dtype)

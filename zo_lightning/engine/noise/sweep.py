@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from zo_lightning.engine.noise.base import Drawn, Noise, constants
-from zo_lightning.engine.noise.compiling import available, dispatch
-from zo_lightning.engine.noise.flat import Small, step_flat
-from zo_lightning.engine.noise.rounding import BLOCK, dither, dither_at, fused_stochastic, rounds, settle
+from zo_lightning.engine.noise.base import Drawn, Noise, constants, part_of
+from zo_lightning.engine.noise.compiling import available
+from zo_lightning.engine.noise.flat import Small, compute_dtype, moved, step_flat, total_of
+from zo_lightning.engine.noise.members import Listed, Members
+from zo_lightning.engine.noise.rounding import BLOCK, dither, dither_at, rounds, settle
 from zo_lightning.engine.seeds import stream
 
 SMALL = 1 << 15
 """Tensors of at most this many elements are done together: their noise is generated in one go."""
 PACK = 1 << 19
 """At most so many elements of noise exist at a time."""
+MASKED = 1 << 21
+"""Elements of a large masked tensor that are done together: the weights that the mask was taken from are still in cache then."""
 
 
 class Item(NamedTuple):
     """One tensor of a sweep: where the result goes (may be `base` itself), the weights, the parameter's key, its scalars.
 
-    With `rows` (int64, repetitions allowed), only these rows of a matrix need to be written; the others of a large one are not.
+    With `rows` (int64, repetitions allowed), only these rows of a matrix need to be written; the others of a large one are not. With
+    a `mask`, elements outside of it become `base`, undecayed.
     """
 
     out: Tensor
@@ -32,11 +36,12 @@ class Item(NamedTuple):
     decay: float
     coefficients: tuple[float, ...]
     rows: Tensor | None = None
+    mask: Members | None = None
 
 
 @torch.no_grad()
 def sweep(items: Sequence[Item], seeds: Sequence[int], noise: Noise, done: list[Item] | None = None, rounding: int | None = None) -> None:
-    """out <- decay * base + sum_j coefficients[j] * z(seeds[j], key), for every item.
+    """out <- decay * base + sum_j coefficients[j] * z(seeds[j], key), for every item and inside its mask.
 
     Weights of any floating dtype and layout; arithmetic in float32 (float64 for float64 weights), one rounding to the dtype of `out` at
     the end: to nearest, or, for 16-bit weights and with a seed `rounding`, stochastically. The sum over j runs in the order of `seeds`, so
@@ -69,9 +74,13 @@ def keys_of(items: Sequence[Item], changes: Sequence[tuple[Sequence[int], int | 
 
 def _sweep_device(items: list[Item], keys: list[list[Drawn]], noise: Noise, device: torch.device, done: list[Item]) -> None:
     small: dict[torch.dtype, list[tuple[Item, Drawn]]] = {}
+    listed: dict[torch.dtype, list[tuple[Item, Drawn]]] = {}
     fused = any(item.base.numel() > SMALL for item in items) and available(device.type)
     for item, drawn in zip(items, keys[0], strict=True):
         numel = item.base.numel()
+        if isinstance(item.mask, Listed):
+            listed.setdefault(item.base.dtype, []).append((item, drawn))
+            continue
         if numel <= SMALL:
             small.setdefault(item.base.dtype, []).append((item, drawn))
             continue
@@ -84,6 +93,9 @@ def _sweep_device(items: list[Item], keys: list[list[Drawn]], noise: Noise, devi
         for pack in packs(group):
             _packed(pack, noise, fused)
             done.extend(item for item, _ in pack)
+    for some in listed.values():
+        elements(some, noise)
+        done.extend(item for item, _ in some)
 
 
 def packs(group: Sequence[tuple[Item, Drawn]]) -> Iterator[list[tuple[Item, Drawn]]]:
@@ -112,28 +124,40 @@ def _packed(pack: Sequence[tuple[Item, Drawn]], noise: Noise, fused: bool) -> No
         [drawn for _, drawn in pack],
         noise,
         fused,
+        masks_of(small, [item.mask for item in items]),
     )
     small.scatter(result, [item.out for item in items])
 
 
-def compute_dtype(base: Tensor) -> torch.dtype:
-    """float64 for float64 weights, else float32."""
-    return torch.float64 if base.dtype == torch.float64 else torch.float32
+def masks_of(small: Small, masks: Sequence[Members | None]) -> Callable[[Tensor], Tensor] | None:
+    """keep(flat values) for small tensors; None where no tensor has a mask."""
+    if all(mask is None for mask in masks):
+        return None
+    kinds = {type(mask) for mask in masks if mask is not None}
+
+    def keep(values: Tensor) -> Tensor:
+        parts = values.split(small.lengths)
+        found = torch.ones(values.shape, dtype=torch.bool, device=values.device)
+        for kind in kinds:
+            own = [i for i, mask in enumerate(masks) if type(mask) is kind]
+            members: list[Members] = [mask for mask in masks if type(mask) is kind]
+            kept = kind.together(members, [parts[i] for i in own])
+            if len(own) == len(masks):
+                return kept
+            for i, piece in zip(own, kept.split([small.lengths[i] for i in own]), strict=True):
+                found.split(small.lengths)[i].copy_(piece)
+        return found
+
+    return keep
 
 
-def _combine(item: Item, out: Tensor, base: Tensor, drawn: Sequence[Tensor], dithered: Tensor | None) -> None:
-    """out <- decay * base + sum_j c_j z_j, with z_j of the shape of `base`, rounded with `dithered` of that shape."""
-    dtype = compute_dtype(base)
-    total = torch.zeros((), dtype=dtype, device=base.device)
-    for j, (c, z) in enumerate(zip(item.coefficients, drawn, strict=True)):
-        total = z.to(dtype) * c if j == 0 else total.add_(z.to(dtype) * c)
-    if dithered is not None:
-        wide = base.float()
-        out.copy_(dispatch(fused_stochastic, base.device)(wide, wide * (item.decay - 1.0) + total, dithered, base.dtype))
-    elif item.decay == 1.0 and out.shape == base.shape:
+def _combine(item: Item, out: Tensor, base: Tensor, drawn: Sequence[Tensor], dithered: Tensor | None, keep: Tensor | None) -> None:
+    """out <- decay * base + sum_j c_j z_j, with z_j of the shape of `base`, rounded with `dithered`; out <- base outside `keep`."""
+    total = total_of(drawn, item.coefficients, base)
+    if dithered is None and keep is None and item.decay == 1.0 and out.shape == base.shape:
         torch.add(base, total, out=out)
     else:
-        out.copy_((base.to(dtype) * item.decay).add_(total))
+        out.copy_(moved(base, item.decay, total, dithered, keep, available(base.device.type)))
 
 
 def _rows(item: Item, rows: Tensor, drawn: Drawn, noise: Noise) -> None:
@@ -145,22 +169,60 @@ def _rows(item: Item, rows: Tensor, drawn: Drawn, noise: Noise) -> None:
         base = item.base[some]
         out = torch.empty_like(base)
         dithered = dither_at(index, drawn.rounding) if drawn.rounded else None
-        _combine(item, out, base, [noise.at(index, drawn.key(j)) for j in range(drawn.terms)], dithered)
+        keep = None if item.mask is None else item.mask.at(index, base)
+        _combine(item, out, base, [noise.at(index, drawn.key(j)) for j in range(drawn.terms)], dithered, keep)
         item.out[some] = out
+
+
+def elements(listed: Sequence[tuple[Item, Drawn]], noise: Noise) -> None:
+    """Of tensors of one dtype the elements that their lists name, all of them together."""
+    if not listed:
+        return
+    items, drawn = [item for item, _ in listed], [own for _, own in listed]
+    indices = [item.mask.index for item in items if isinstance(item.mask, Listed)]
+    bases = [take(item.base, index) for item, index in zip(items, indices, strict=True)]
+    small, index = Small(bases), torch.cat(indices).long()
+    rows = torch.tensor([own.row for own in drawn], device=small.device).repeat_interleave(torch.tensor(small.lengths, device=small.device))
+    keys = [drawn[0].table[rows + j].t() for j in range(drawn[0].terms + drawn[0].rounded)]
+    base = small.gather()
+    coefficients = [small.spread([item.coefficients[j] for item in items]) for j in range(drawn[0].terms)]
+    total = total_of((noise.at(index, key) for key in keys[: drawn[0].terms]), coefficients, base)
+    dithered = dither_at(index, keys[-1]) if drawn[0].rounded else None
+    result = moved(base, small.spread([item.decay for item in items]), total, dithered, None, available(small.device.type))
+    for item, own, piece in zip(items, indices, result.split(small.lengths), strict=True):
+        if item.out is not item.base:
+            item.out.copy_(item.base)
+        put(item.out, own, piece)
+
+
+def take(tensor: Tensor, index: Tensor) -> Tensor:
+    """Elements by their number in logical order."""
+    return tensor.view(-1)[index] if tensor.is_contiguous() else tensor[torch.unravel_index(index, tensor.shape)]
+
+
+def put(tensor: Tensor, index: Tensor, values: Tensor) -> None:
+    """Write elements by their number in logical order."""
+    where = (index.long(),) if tensor.is_contiguous() else torch.unravel_index(index.long(), tensor.shape)
+    (tensor.view(-1) if tensor.is_contiguous() else tensor).index_put_(where, values.to(tensor.dtype))
 
 
 def large(item: Item, drawn: Drawn, noise: Noise) -> None:
     """A large tensor: in one compiled pass where it can be, else in chunks of bounded size."""
     if flat(item) and available(item.base.device.type):
-        same = item.out is item.base
         base = item.base.detach().view(-1)
-        compiled(item, base if same else item.out.detach().view(-1), base, 0, drawn, noise)
+        out = base if item.out is item.base else item.out.detach().view(-1)
+        for at in range(0, base.numel(), base.numel() if item.mask is None else MASKED):
+            part = slice(at, None if item.mask is None else at + MASKED)
+            piece = base[part]
+            keep = None if item.mask is None else item.mask.kept(piece, at)
+            compiled(item, piece if out is base else out[part], piece, at, drawn, noise, keep)
         return
     for out, base, start in _chunks(item.out, item.base, 0):
         where = [drawn.stretch(j, start, base.numel()) for j in range(drawn.terms + drawn.rounded)]
         values = [noise.values(drawn.table, [stretch], torch.float32).view(base.shape) for stretch in where[: drawn.terms]]
         dithered = dither(drawn.table, where[-1:]).view(base.shape) if drawn.rounded else None
-        _combine(item, out, base, values, dithered)
+        keep = None if item.mask is None else item.mask.keep(base, start)
+        _combine(item, out, base, values, dithered, keep)
 
 
 def flat(item: Item) -> bool:
@@ -188,7 +250,7 @@ def _chunks(out: Tensor, base: Tensor, start: int) -> Iterator[tuple[Tensor, Ten
             yield out[piece], base[piece], start + at * row
 
 
-def compiled(item: Item, out: Tensor, base: Tensor, start: int, drawn: Drawn, noise: Noise) -> None:
+def compiled(item: Item, out: Tensor, base: Tensor, start: int, drawn: Drawn, noise: Noise, keep: Tensor | None = None) -> None:
     """One fused pass over flat tensors for one term; several terms are summed first, in a buffer of bounded size.
 
     `out` and `base` (which may be one object) are the part of the item that begins at element `start`, a multiple of 2**19.
@@ -197,18 +259,19 @@ def compiled(item: Item, out: Tensor, base: Tensor, start: int, drawn: Drawn, no
     if len(item.coefficients) == 1:
         c = item.coefficients[0]
         if drawn.rounded:
-            noise.add_rounded(out, base, drawn.key(0), drawn.rounding, start, constants((item.decay - 1.0, c), dtype, device))
+            noise.add_rounded(out, base, drawn.key(0), drawn.rounding, start, constants((item.decay - 1.0, c), dtype, device), keep)
         else:
-            noise.add(out, base, drawn.key(0), start, constants((item.decay, c), dtype, device))
+            noise.add(out, base, drawn.key(0), start, constants((item.decay, c), dtype, device), keep)
         return
     for at in range(0, base.numel(), PACK):
-        piece, target = base[at : at + PACK], out[at : at + PACK]
+        part = slice(at, at + PACK)
+        piece, target, kept = base[part], out[part], part_of(keep, part)
         total = torch.zeros(piece.numel(), dtype=dtype, device=device)
         for j, c in enumerate(item.coefficients):
             noise.add(total, total, drawn.key(j), start + at, constants((1.0, c), dtype, device))
         if not drawn.rounded:
-            target.copy_((piece.to(dtype) * item.decay).add_(total))
+            target.copy_(moved(piece, item.decay, total, None, kept, fused=True))
         else:
             first = constants((start + at) // BLOCK, torch.int32, device)
             shrink = constants(item.decay - 1.0, dtype, device)
-            settle(target, target if out is base else piece, total, drawn.rounding, start + at, shrink, first)
+            settle(target, target if out is base else piece, total, drawn.rounding, start + at, shrink, first, kept)

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from torch import Tensor, nn
 
 from zo_lightning.engine.estimators import Displacement
+from zo_lightning.engine.masks.state import Masks
 from zo_lightning.engine.noise import Change, Item, Noise, sweep
 from zo_lightning.engine.parameters import Trained
 from zo_lightning.engine.residency.masters import Masters
@@ -25,6 +26,7 @@ class Residency(ABC):
         self.trained = list(trained)
         self.noise = noise
         self.masters = Masters()
+        self.masks = Masks()
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -49,14 +51,19 @@ class Residency(ABC):
 
     def update(self, change: Change) -> None:
         """theta <- decay theta + sum_j c_j z(s_j), with (decay, c) of each group; not interrupted by signals."""
-        moving = [p for p in self.trained if change.steps[p.group][0] != 1.0 or any(change.steps[p.group][1])]
+        trained = self.moving(self.trained)
+        moving = [p for p in trained if change.steps[p.group][0] != 1.0 or any(change.steps[p.group][1])]
         with self.settled(), held():
             items = []
             for p in self.masters.instead_of(moving):
                 weights = p.tensor.detach()
-                items.append(Item(weights, weights, p.key, *change.steps[p.group]))
+                items.append(Item(weights, weights, p.key, *change.steps[p.group], mask=self.masks.of(p.key)))
             sweep(items, change.seeds, self.noise, rounding=change.rounding)
             self.masters.write_back()
+
+    def moving(self, parameters: Sequence[Trained]) -> list[Trained]:
+        """Those of which the mask trains anything."""
+        return [p for p in parameters if self.masks.trains(p.key)]
 
     def settled(self) -> AbstractContextManager[None]:
         """Inside it, on any thread, parameters are the base weights: it waits for evaluations and updates of another thread."""
@@ -69,6 +76,10 @@ class Residency(ABC):
         """The moves of the base weights since the last time, where this residency makes any (inplace.py)."""
         return b""
 
+    def ended(self) -> None:
+        """A step ended, applied or skipped."""
+        self.take_passes()
+
     def reenact(self, passes: bytes, points: Sequence[Displacement], eps: Sequence[float]) -> None:  # noqa: B027
         """Make the moves that `take_passes` told."""
 
@@ -77,12 +88,17 @@ class Residency(ABC):
         """Around the evaluations of a whole step and its update: what follows the last evaluation may wait for the update."""
         yield
 
-
-def displaced(
-    parameters: Sequence[Trained], outs: Sequence[Tensor], point: Displacement, eps: Sequence[float], rows: Tensor | None = None
-) -> list[Item]:
-    """Items that write theta + sum_j m_j eps z(s_j) into `outs`, into some rows of them where `rows` is given."""
-    return [
-        Item(out, p.tensor.detach(), p.key, 1.0, tuple(multiple * eps[p.group] for _, multiple in point), rows)
-        for p, out in zip(parameters, outs, strict=True)
-    ]
+    def displaced(
+        self,
+        parameters: Sequence[Trained],
+        outs: Sequence[Tensor] | None,
+        point: Displacement,
+        eps: Sequence[float],
+        rows: Tensor | None = None,
+    ) -> list[Item]:
+        """Items that write theta + sum_j m_j eps z(s_j) into `outs`, into some rows of them where `rows` is given; None: into theta."""
+        bases = [p.tensor.detach() for p in parameters]
+        return [
+            Item(out, base, p.key, 1.0, tuple(multiple * eps[p.group] for _, multiple in point), rows, self.masks.of(p.key))
+            for p, base, out in zip(parameters, bases, bases if outs is None else outs, strict=True)
+        ]

@@ -114,6 +114,7 @@ class Exact(OnScratch):
             self._entries.clear()
             whole.callback(self._kept.clear)
             if point is not None:
+                whole.enter_context(self._swapped(point, eps))
                 self._prepare(whole, point, eps)
             for unit in self.units:
                 if unit.module is None:
@@ -127,11 +128,12 @@ class Exact(OnScratch):
 
     def _prepare(self, whole: ExitStack, point: Displacement, eps: Sequence[float]) -> None:
         """Write the vectors of all units in one go; each unit still has its own only while it runs."""
-        outs, give_back = self._scratch.take(self._vectors, beside=True)
+        vectors = self._dense(self._vectors)
+        outs, give_back = self._scratch.take(vectors, beside=True)
         whole.callback(give_back)
         whole.callback(self._ready.clear)
-        self._write(self._vectors, outs, point, eps)
-        self._ready.update((id(p), out) for p, out in zip(self._vectors, outs, strict=True))
+        self._write(vectors, outs, point, eps)
+        self._ready.update((id(p), out) for p, out in zip(vectors, outs, strict=True))
 
     def _enter(self, unit: Unit) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
@@ -153,6 +155,7 @@ class Exact(OnScratch):
     def _shown(self, unit: Unit, args: Any, point: Displacement | None, eps: Sequence[float]) -> AbstractContextManager[None]:
         todo = [p for p in unit.parameters if id(p) not in self._away]
         self._entries[unit] += bool(todo)  # a unit inside another call of itself has nothing to do
+        todo = todo if point is None else self._dense(todo)
         if todo and point is not None and self._entries[unit] > KEEP_AFTER:
             kept = self._kept.get(unit) or self._keep(unit, todo, point, eps)
             if all(id(p) in kept for p in todo):

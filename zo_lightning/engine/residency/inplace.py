@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, contextmanager
 
 from zo_lightning.engine.estimators import Displacement
 from zo_lightning.engine.noise import Change, Item, sweep
+from zo_lightning.engine.noise.members import Band, Bits, Members
+from zo_lightning.engine.parameters import Trained
 from zo_lightning.engine.residency.base import Residency
 from zo_lightning.engine.residency.turns import Turns
 from zo_lightning.engine.signals import held
@@ -32,6 +34,8 @@ class InPlace(Residency):
         self._turns = Turns()
         self._passes = bytearray()
         self._points: list[Displacement] = []
+        self._bits: dict[int, Bits] = {}
+        """Masks that follow the weights, as they were before this step's first move."""
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -72,6 +76,18 @@ class InPlace(Residency):
         passes, self._passes, self._points = bytes(self._passes), bytearray(), []
         return passes
 
+    def ended(self) -> None:
+        super().ended()
+        self._bits = {}
+
+    def _mask(self, p: Trained) -> Members | None:
+        mask = self.masks.of(p.key)
+        if not isinstance(mask, Band):
+            return mask
+        if p.key not in self._bits:
+            self._bits[p.key] = Bits.taken(mask, p.tensor.detach())
+        return self._bits[p.key]
+
     def reenact(self, passes: bytes, points: Sequence[Displacement], eps: Sequence[float]) -> None:
         """Make the moves that `take_passes` told, but for those at their beginning that were made since the last update."""
         made = bytes(self._passes)
@@ -95,13 +111,13 @@ class InPlace(Residency):
         back = self._here
         every = list(dict.fromkeys([*back, *change.seeds]))
         items = []
-        for p in self.trained:
+        for p in self.moving(self.trained):
             decay, coefficients = change.steps[p.group]
             total = {seed: -decay * multiple * self._eps[p.group] for seed, multiple in back.items()}
             for seed, c in zip(change.seeds, coefficients, strict=True):
                 total[seed] = total.get(seed, 0.0) + c
             weights = p.tensor.detach()
-            item = Item(weights, weights, p.key, decay, tuple(total.get(seed, 0.0) for seed in every))
+            item = Item(weights, weights, p.key, decay, tuple(total.get(seed, 0.0) for seed in every), mask=self._mask(p))
             if decay != 1.0 or any(item.coefficients):
                 items.append(item)
         with self.settled(), held():
@@ -115,9 +131,10 @@ class InPlace(Residency):
         if not change:
             return
         items = []
-        for p in self.trained:
+        for p in self.moving(self.trained):
             weights = p.tensor.detach()
-            items.append(Item(weights, weights, p.key, 1.0, tuple(multiple * eps[p.group] for multiple in change.values())))
+            coefficients = tuple(multiple * eps[p.group] for multiple in change.values())
+            items.append(Item(weights, weights, p.key, 1.0, coefficients, mask=self._mask(p)))
         done: list[Item] = []
         with held():
             try:

@@ -11,10 +11,13 @@ from torch.utils._python_dispatch import _disable_current_modes, _len_torch_disp
 
 from zo_lightning.engine.estimators import Displacement
 from zo_lightning.engine.noise import Noise, sweep
+from zo_lightning.engine.noise.members import Listed
 from zo_lightning.engine.parameters import Trained
-from zo_lightning.engine.residency.base import Residency, displaced
+from zo_lightning.engine.residency.base import Residency
 from zo_lightning.engine.residency.memory import Scratch
+from zo_lightning.engine.residency.swap import Swap
 from zo_lightning.engine.residency.turns import Turns
+from zo_lightning.engine.signals import held
 
 
 class OnScratch(Residency):
@@ -27,6 +30,7 @@ class OnScratch(Residency):
         self._away: dict[int, tuple[Trained, list[Tensor], Tensor]] = {}
         self._ready: dict[int, Tensor] = {}
         """Perturbed weights that were written before any module asked for them."""
+        self._swap: Swap | None = None
         self._settled = False
         self.materialized = 0
         """How many units the last evaluation had on scratch: 0 means that no perturbation reached the model."""
@@ -49,9 +53,15 @@ class OnScratch(Residency):
             before, self._settled = self._settled, True
             for p, bases, _ in away.values():
                 _point(p, bases)
+            swap, self._swap = self._swap, None
+            if swap is not None:
+                swap.home()
             try:
                 yield
             finally:
+                if swap is not None:
+                    swap.back()
+                self._swap = swap
                 for p, _, out in away.values():
                     _point(p, [out] * len(p.aliases))
                 self._away, self._settled = away, before
@@ -61,8 +71,9 @@ class OnScratch(Residency):
         self, parameters: Sequence[Trained], point: Displacement, eps: Sequence[float], rows: Tensor | None = None
     ) -> Iterator[None]:
         """Inside it, `parameters` (but those that are away already) are on scratch of their own."""
-        ready = [p for p in parameters if id(p) in self._ready and id(p) not in self._away]
-        todo = [p for p in parameters if id(p) not in self._ready and id(p) not in self._away]
+        here = [p for p in self._dense(parameters) if id(p) not in self._away]
+        ready = [p for p in here if id(p) in self._ready]
+        todo = [p for p in here if id(p) not in self._ready]
         outs, give_back = self._scratch.take(todo)
         try:
             self._write(todo, outs, point, eps, rows)
@@ -71,14 +82,40 @@ class OnScratch(Residency):
         finally:
             give_back()
 
+    def _dense(self, parameters: Sequence[Trained]) -> list[Trained]:
+        """Those that need scratch: of the others the mask trains nothing, or a list of elements."""
+        return [p for p in parameters if self.masks.trains(p.key) and not isinstance(self.masks.of(p.key), Listed)]
+
+    @contextmanager
+    def _swapped(self, point: Displacement, eps: Sequence[float]) -> Iterator[None]:
+        """Inside it, listed elements are displaced in the weights themselves, wherever these are read."""
+        listed = [(p, mask) for p in self.trained if isinstance(mask := self.masks.of(p.key), Listed)]
+        if not listed or not point:
+            yield
+            return
+        with _without_modes():
+            swap = Swap(listed)
+        try:
+            with held():
+                self._swap = swap
+                self._write([p for p, _ in listed], None, point, eps)
+                with _without_modes():
+                    swap.displaced()
+            self.materialized += 1
+            yield
+        finally:
+            with held(), _without_modes():
+                swap.home()
+                self._swap = None
+
     def _write(
-        self, todo: Sequence[Trained], outs: Sequence[Tensor], point: Displacement, eps: Sequence[float], rows: Tensor | None = None
+        self, todo: Sequence[Trained], outs: Sequence[Tensor] | None, point: Displacement, eps: Sequence[float], rows: Tensor | None = None
     ) -> None:
         if not todo:
             return
         with _without_modes():
             rounding = point[0][0] if point else None  # the same for both sides: their difference then varies least
-            sweep(displaced(todo, outs, point, eps, rows), [seed for seed, _ in point], self.noise, rounding=rounding)
+            sweep(self.displaced(todo, outs, point, eps, rows), [seed for seed, _ in point], self.noise, rounding=rounding)
 
     @contextmanager
     def _pointed(self, parameters: Sequence[Trained], outs: Sequence[Tensor]) -> Iterator[None]:
@@ -126,5 +163,5 @@ class Copy(OnScratch):
             if not point:
                 yield
                 return
-            with self._materialized(self.trained, point, eps):
+            with self._swapped(point, eps), self._materialized(self.trained, point, eps):
                 yield

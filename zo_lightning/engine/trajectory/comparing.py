@@ -65,6 +65,8 @@ def differs(optimizer: ZOOptimizer, log: Log) -> str | None:
         there, here = getattr(segment, field), getattr(own, field)
         if there != here:
             return f"{field} differs ({_short(there)} there, {_short(here)} now)"
+    if log.steps and bool(log.masks) != (optimizer.masks.mask is not None):
+        return f"there was {'a' if log.masks else 'no'} mask there, and there is {'no' if log.masks else 'a'} mask now"
     if segment.residency != own.residency and "inplace" in (segment.residency, own.residency):
         return f"the weights were perturbed with weights={segment.residency!r} there and are with {own.residency!r} now"
     recorded = next((record for record in log.steps if record.step == step), None)

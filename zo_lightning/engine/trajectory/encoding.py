@@ -13,6 +13,8 @@ from zo_lightning.engine.trajectory.records import (
     Checkpoint,
     End,
     Mark,
+    MaskEntry,
+    MaskRecord,
     ParameterEntry,
     Record,
     Segment,
@@ -22,7 +24,7 @@ from zo_lightning.engine.trajectory.records import (
 from zo_lightning.engine.updates import GroupSettings
 
 STEP = 1
-KINDS: dict[int, type[Any]] = {STEP: StepRecord, 2: Segment, 3: Checkpoint, 4: Mark, 5: End}
+KINDS: dict[int, type[Any]] = {STEP: StepRecord, 2: Segment, 3: Checkpoint, 4: Mark, 5: End, 6: MaskRecord}
 _KIND_OF = {kind: number for number, kind in KINDS.items()}
 _SKIPPED, _TRACES, _SETTINGS = 1, 2, 4
 _HEAD = struct.Struct("<QHIH")
@@ -83,10 +85,24 @@ def segment_of(value: Any) -> Segment:
     return segment
 
 
+def mask_of(value: Any) -> MaskRecord:
+    """The MaskRecord that `asdict` made `value` of. ValueError for missing, unknown and ill-typed entries."""
+    _exact(value, names(MaskRecord))
+    if not isinstance(value["entries"], list):
+        raise ValueError("entries: not a list")
+    for entry in value["entries"]:
+        _exact(entry, names(MaskEntry))
+    record = MaskRecord(**{**value, "entries": tuple(MaskEntry(**entry) for entry in value["entries"])})
+    check(record)
+    return record
+
+
 def _decode_json(kind: type[Any], payload: bytes) -> Record:
     value = parse(payload)
     if kind is Segment:
         return segment_of(value)
+    if kind is MaskRecord:
+        return mask_of(value)
     _exact(value, names(kind))
     record: Record = kind(**value)
     check(record)

@@ -16,10 +16,10 @@ from zo_lightning.engine.journal import StepRecord
 from zo_lightning.engine.trajectory import columns as layout
 from zo_lightning.engine.trajectory.atomic import same_file, write_bytes
 from zo_lightning.engine.trajectory.columns import FORMAT, Columns
-from zo_lightning.engine.trajectory.encoding import canonical, parse, segment_of
+from zo_lightning.engine.trajectory.encoding import canonical, mask_of, parse, segment_of
 from zo_lightning.engine.trajectory.frames import MAGIC, LogError
 from zo_lightning.engine.trajectory.log import Log, read_log
-from zo_lightning.engine.trajectory.records import End, Mark, Record, Segment, check
+from zo_lightning.engine.trajectory.records import End, Mark, MaskRecord, Record, Segment, check
 from zo_lightning.engine.trajectory.replay import Source, end_of, replay
 from zo_lightning.engine.trajectory.targets import Target
 from zo_lightning.engine.updates import GroupSettings
@@ -35,6 +35,8 @@ class FineTune:
     segment: Segment
     steps: tuple[StepRecord, ...]
     result: str
+    masks: tuple[MaskRecord, ...] = ()
+    """Where the elements that are trained change, in the order of the steps."""
 
 
 def export(log: Source, path: str | os.PathLike[str], to_step: int | None = None) -> FineTune:
@@ -63,9 +65,16 @@ def export(log: Source, path: str | os.PathLike[str], to_step: int | None = None
     if not steps:
         span = f"{log.path} has the steps {segment.step} to {log.end_step}"
         raise ValueError(f"Invalid to_step: {to_step!r}. An export needs at least one step; {span}.")
+    masks = tuple({mask.step: mask for mask in log.masks if mask.step < end}.values())
+    stored = next((mask.file for mask in masks if mask.file is not None), None)
+    if stored is not None:
+        raise ValueError(
+            f"{log.path} has masks that are stored in files ({stored}, ...), which an export has no room for. Share the log with its "
+            "files, and `replay` it."
+        )
     kept = tuple(replace(step, micro_batches=1, traces=False) for step in steps)
     result = [r.fingerprint for r in log.records if isinstance(r, (Mark, End)) and r.step == end]
-    tune = FineTune(replace(segment, base=None), kept, result[0] if result else "")
+    tune = FineTune(replace(segment, base=None), kept, result[0] if result else "", masks)
     write_bytes(path, encode(tune))
     return tune
 
@@ -85,7 +94,10 @@ def load(path: str | os.PathLike[str]) -> FineTune:
 def apply(target: Target, path: str | os.PathLike[str]) -> int:
     """Make the steps of an export on a model that has its base weights; returns the step reached. ValueError for other weights."""
     tune = load(path)
-    records: list[Record] = [tune.segment, *tune.steps]
+    masks = {mask.step: mask for mask in tune.masks}
+    records: list[Record] = [tune.segment]
+    for step in tune.steps:
+        records += [masks[step.step], step] if step.step in masks else [step]
     end = tune.steps[-1].step + 1
     if tune.result:
         records.append(Mark(end, tune.result))
@@ -102,6 +114,8 @@ def encode(tune: FineTune) -> bytes:
     }
     segment = canonical(asdict(tune.segment)).decode()
     metadata = {"format": FORMAT, "version": VERSION, "segment": segment, "steps": str(len(steps)), "result": tune.result}
+    if tune.masks:
+        metadata["masks"] = canonical([asdict(mask) for mask in tune.masks]).decode()
     digest = blake2b(layout.encode(columns, metadata), digest_size=32, person=b"zo.export").hexdigest()
     return layout.encode(columns, {**metadata, "digest": digest})
 
@@ -141,7 +155,22 @@ def _tune(columns: Columns, metadata: dict[str, str]) -> FineTune:
         step = StepRecord(segment.step + index, tuple(row), groups[index], bool(skipped[index]), 1)
         check(step, steps[-1].settings if steps else None)
         steps.append(step)
-    return FineTune(segment, tuple(steps), _checked_result(metadata))
+    return FineTune(segment, tuple(steps), _checked_result(metadata), _masks(metadata, segment, steps))
+
+
+def _masks(metadata: dict[str, str], segment: Segment, steps: Sequence[StepRecord]) -> tuple[MaskRecord, ...]:
+    if "masks" not in metadata:
+        return ()
+    entries = parse(metadata["masks"].encode("ascii"))
+    if not isinstance(entries, list) or not entries:
+        raise ValueError("masks: not a list")
+    masks = tuple(mask_of(entry) for entry in entries)
+    places = [mask.step for mask in masks]
+    if places != sorted(set(places)) or not steps[0].step <= places[0] <= places[-1] <= steps[-1].step:
+        raise ValueError("masks are of steps that are not there, or out of order")
+    if any(mask.file is not None or len(mask.entries) != len(segment.parameters) for mask in masks):
+        raise ValueError("a mask does not fit the parameters")
+    return masks
 
 
 def _checked_result(metadata: dict[str, str]) -> str:

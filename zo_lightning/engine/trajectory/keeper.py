@@ -16,10 +16,11 @@ from zo_lightning.engine.trajectory.changed import State, Watch, same
 from zo_lightning.engine.trajectory.comparing import NAME, describe, differs, noted_path
 from zo_lightning.engine.trajectory.fingerprint import frozen_fingerprint, trained_fingerprint
 from zo_lightning.engine.trajectory.log import Log, read_log
-from zo_lightning.engine.trajectory.records import LOST, MAX_POINTS, Checkpoint, End, Mark, Record, Segment
+from zo_lightning.engine.trajectory.masks import follow, record_of
+from zo_lightning.engine.trajectory.records import LOST, MAX_POINTS, Checkpoint, End, Mark, MaskRecord, Record, Segment
 from zo_lightning.engine.trajectory.targets import match
 from zo_lightning.engine.trajectory.weights import load_base, save_base
-from zo_lightning.engine.trajectory.writer import Fsync, LogWriter, unused
+from zo_lightning.engine.trajectory.writer import Fsync, LogWriter, set_aside
 
 if TYPE_CHECKING:
     from zo_lightning.engine.optimizer import ZOOptimizer
@@ -41,6 +42,7 @@ class Trajectory(Journal):
         self._writer: LogWriter | None = None
         self._ahead: dict[int, StepRecord] = {}
         self._segments: dict[tuple[int, bool], Segment] = {}
+        self._masks: dict[int, MaskRecord] = {}
         self._segment: Segment | None = None
         self._watch = Watch()
         self._state: State | None = None
@@ -171,6 +173,7 @@ class Trajectory(Journal):
         first_one = self._segments.get((step, False))
         if first_one is not None and first_one.fingerprint == self._standing:
             del self._segments[step, False]
+        self._masks = {record.step: record for record in log.masks if record.step in self._ahead}
         if self._ahead and first:
             say_once(
                 f"trajectory.recall.{self.path}",
@@ -178,19 +181,10 @@ class Trajectory(Journal):
                 "are made again from their records, without their forward passes.",
             )
 
-    def _set_aside(self) -> None:
-        """Give a log that is not continued another name, unless a process still appends to it."""
-        if self.path.exists():
-            number = 1
-            while (aside := self.path.with_name(f"trajectory-{number:03d}.zolog")).exists():
-                number += 1
-            with unused(self.path):
-                os.rename(self.path, aside)
-
     def _create(self, optimizer: ZOOptimizer, first: bool) -> None:
         segment = self._new_segment(optimizer, first)
         if first:
-            self._set_aside()
+            set_aside(self.path)
             self._writer = LogWriter.create(self.path, segment, fsync=self._fsync)
         self._begun(optimizer, segment)
 
@@ -214,8 +208,20 @@ class Trajectory(Journal):
         self._segment, self._residency = segment, optimizer.residency
         self._bases += [segment.base] if segment.base is not None else []
         self._state = self._watch.state(optimizer.residency.trained)
+        if optimizer.masks.number is not None:
+            self._note_mask(optimizer)
 
     # ---- a step
+
+    def mask(self, optimizer: ZOOptimizer) -> None:
+        if optimizer.steps not in self._ahead:
+            self._note_mask(optimizer)
+        elif self._segment is not None:
+            follow(optimizer, self._masks.get(optimizer.steps), self._segment, self.folder)
+
+    def _note_mask(self, optimizer: ZOOptimizer) -> None:
+        if self._writer is not None:
+            self._writer.append(record_of(optimizer.masks, optimizer.steps, optimizer.residency.trained, self.folder))
 
     def recall(self, step: int, updating: bool) -> StepRecord | None:
         record = self._ahead.get(step)

@@ -12,7 +12,7 @@ from zo_lightning.engine.journal import StepRecord
 from zo_lightning.engine.trajectory.columns import is_export
 from zo_lightning.engine.trajectory.encoding import decode
 from zo_lightning.engine.trajectory.frames import MAGIC, Damage, LogError, Torn, frames
-from zo_lightning.engine.trajectory.records import Checkpoint, End, Record, Segment
+from zo_lightning.engine.trajectory.records import Checkpoint, End, MaskRecord, Record, Segment
 from zo_lightning.engine.updates import GroupSettings
 
 Paths = str | os.PathLike[str]
@@ -40,6 +40,8 @@ class History:
             raise ValueError("a log begins with a segment")
         elif isinstance(record, StepRecord):
             self._admit_step(record, self.segment)
+        elif isinstance(record, MaskRecord) and len(record.entries) != len(self.segment.parameters):
+            raise ValueError(f"a mask has {len(record.entries)} entries, and the segment {len(self.segment.parameters)} parameters")
         elif record.step != self.next_step and not (isinstance(record, Checkpoint) and record.step < self.next_step):
             raise ValueError(f"{type(record).__name__} of step {record.step} comes where {self.next_step} steps are recorded")
 
@@ -86,6 +88,10 @@ class Log:
     @property
     def checkpoints(self) -> list[Checkpoint]:
         return [record for record in self.records if isinstance(record, Checkpoint)]
+
+    @property
+    def masks(self) -> list[MaskRecord]:
+        return [record for record in self.records if isinstance(record, MaskRecord)]
 
     @property
     def end(self) -> End | None:

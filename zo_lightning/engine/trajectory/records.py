@@ -20,6 +20,7 @@ MAX_POINTS = 250
 LARGEST_VALUES, LARGEST_GROUPS, LARGEST_BATCHES, LARGEST_OPTION = (1 << 16) - 1, (1 << 16) - 1, (1 << 32) - 1, (1 << 15) - 1
 LARGEST_IDLE = (1 << 16) - 1
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+MASKS = ("all", "none", "small", "large", "lot", "bits", "list")
 RESIDENCIES, ROUNDINGS = ("exact", "copy", "inplace"), ("stochastic", "nearest")
 
 Options = Mapping[str, Any]
@@ -87,7 +88,32 @@ class End:
     fingerprint: str
 
 
-Record = StepRecord | Segment | Checkpoint | Mark | End
+@dataclass(frozen=True)
+class MaskEntry:
+    """Which elements of one parameter are trained from now on (noise/members.py): "all", "none", by size, by lot, or stored in the file."""
+
+    kind: str
+    number: int = 0
+    """"small" and "large": the last element of those that equal the bound; "lot": the seed; "bits" and "list": how many are trained."""
+    bound: float = 0.0
+    """"small", "large" and "lot": the largest (smallest) value that is in."""
+
+
+@dataclass(frozen=True)
+class MaskRecord:
+    """From `step` on these elements are trained; one entry for each parameter of the segment."""
+
+    step: int
+    name: str
+    """Of the rule that chose them."""
+    entries: tuple[MaskEntry, ...]
+    file: str | None = None
+    """Name of a safetensors file beside the log with the stored bits and lists."""
+    digest: str = ""
+    """Of the contents of the file."""
+
+
+Record = StepRecord | Segment | Checkpoint | Mark | End | MaskRecord
 
 
 def check(record: Record, checked: object = None) -> None:
@@ -105,6 +131,8 @@ def check(record: Record, checked: object = None) -> None:
     elif isinstance(record, Checkpoint):
         _text(record.path, "path", 4096)
         _text(record.host, "host", 100)
+    elif isinstance(record, MaskRecord):
+        _check_mask(record)
     elif isinstance(record, (Mark, End)):
         _fingerprint(record.fingerprint, "fingerprint")
 
@@ -153,9 +181,29 @@ def _check_segment(record: Segment) -> None:
     if record.frozen != "":
         _fingerprint(record.frozen, "frozen")
     if record.base is not None:
-        _text(record.base, "base", 255)
-        plain = re.fullmatch(r"[^/\\:\0]+", record.base) is not None and record.base not in (".", "..")
-        _require(plain, f"base: {record.base!r} is not the plain name of a file beside the log")
+        _file_name(record.base, "base")
+
+
+def _check_mask(record: MaskRecord) -> None:
+    _text(record.name, "name", 100)
+    _require(isinstance(record.entries, tuple) and len(record.entries) >= 1, "entries: there are none")
+    for entry in record.entries:
+        _require(entry.kind in MASKS, f"entries: {entry.kind!r:.100}, none of {', '.join(MASKS)}")
+        _integer(entry.number, "number of a mask", -1, (1 << 63) - 1)
+        _require(isinstance(entry.bound, float) and math.isfinite(entry.bound), "bound of a mask: not a finite number")
+    stored = any(entry.kind in ("bits", "list") for entry in record.entries)
+    _require(stored == (record.file is not None), "file: named where nothing is stored, or the other way round")
+    if record.file is not None:
+        _file_name(record.file, "file")
+        _fingerprint(record.digest, "digest")
+    else:
+        _require(record.digest == "", "digest: of no file")
+
+
+def _file_name(name: object, field: str) -> None:
+    _text(name, field, 255)
+    plain = re.fullmatch(r"[^/\\:\0]+", str(name)) is not None and name not in (".", "..")
+    _require(plain, f"{field}: {name!r} is not the plain name of a file beside the log")
 
 
 def _check_parameter(entry: ParameterEntry) -> None:

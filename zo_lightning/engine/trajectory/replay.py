@@ -16,7 +16,8 @@ from zo_lightning.engine.parameters import Trained
 from zo_lightning.engine.signals import held
 from zo_lightning.engine.trajectory.fingerprint import frozen_fingerprint, trained_fingerprint
 from zo_lightning.engine.trajectory.log import Log, read_log
-from zo_lightning.engine.trajectory.records import Checkpoint, End, Mark, ParameterEntry, Segment
+from zo_lightning.engine.trajectory.masks import chosen_of
+from zo_lightning.engine.trajectory.records import Checkpoint, End, Mark, MaskRecord, ParameterEntry, Segment
 from zo_lightning.engine.trajectory.steps import Stepper
 from zo_lightning.engine.trajectory.targets import Target, match, module_of, noise_of
 from zo_lightning.engine.trajectory.weights import load_base
@@ -136,12 +137,14 @@ class _Follow:
     def __init__(self, target: Target, log: Log, checking: bool) -> None:
         self._target, self._log, self._checking = target, log, checking
         self._trained: list[Trained] = []
+        self._segment = log.segments[0]
         self._checked = 0
         self._within: int | None = None
 
     def run(self, start: Anchor, end: int) -> Verification:
         """From an anchor to step `end`."""
         stepper = self._enter(start.segment)
+        self._mask_at(start, stepper)
         if isinstance(self._log.records[start.place], Segment):
             self._say_if_frozen_differs(start.segment)
         step, waiting = start.step, list[StepRecord]()
@@ -151,6 +154,12 @@ class _Follow:
                     break
                 waiting.append(replace(record, passes=b"") if self._within == record.step else record)
                 step = record.step + 1
+            elif isinstance(record, MaskRecord):
+                if record.step >= end:
+                    break
+                stepper.apply(waiting)
+                waiting.clear()
+                self._mask(stepper, record)
             elif isinstance(record, Segment) or (self._checking and isinstance(record, (Mark, End))):
                 if record.step > end:
                     break
@@ -164,9 +173,22 @@ class _Follow:
         stepper.apply(waiting)
         return Verification(step, self._checked, None)
 
+    def _mask(self, stepper: Stepper, record: MaskRecord) -> None:
+        devices = {p.name: p.tensor.device for p in self._trained}
+        stepper.mask(chosen_of(record, self._segment.parameters, self._log.path.parent, devices))
+
+    def _mask_at(self, start: Anchor, stepper: Stepper) -> None:
+        """The mask that holds at an anchor."""
+        for record in self._log.records[start.place :: -1]:
+            if isinstance(record, Segment):
+                return
+            if isinstance(record, MaskRecord):
+                self._mask(stepper, record)
+                return
+
     def _enter(self, segment: Segment) -> Stepper:
         self._within = segment.step if segment.within else None  # whose moves its weights have made already
-        self._trained = match(self._target, segment)
+        self._segment, self._trained = segment, match(self._target, segment)
         return Stepper(segment, self._trained, noise_of(self._target, segment))
 
     def _say_if_frozen_differs(self, segment: Segment) -> None:

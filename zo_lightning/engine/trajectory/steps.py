@@ -10,6 +10,8 @@ import torch
 
 from zo_lightning.engine.estimators import ESTIMATORS, Displacement, Estimator
 from zo_lightning.engine.journal import StepRecord
+from zo_lightning.engine.masks import Masks
+from zo_lightning.engine.masks.rules import Chosen
 from zo_lightning.engine.messages import check_number, say_once
 from zo_lightning.engine.noise import Change, Noise, apply_changes
 from zo_lightning.engine.noise.compiling import available
@@ -31,6 +33,7 @@ class Stepper:
     def __init__(self, segment: Segment, trained: Sequence[Trained], noise: Noise) -> None:
         self._segment, self._trained, self._noise = segment, trained, noise
         self._masters = Masters()  # which a segment begins from the weights
+        self._masks = Masks()
         self._estimator: Estimator = build("estimator", ESTIMATORS, segment.estimator)
         self._rule: UpdateRule = build("update rule", RULES, segment.rule)
         if isinstance(self._rule, SGD) and self._rule.clip is not None:
@@ -47,6 +50,10 @@ class Stepper:
                         self._in_place(batch)
                     else:
                         self._on_base(batch)
+
+    def mask(self, chosen: Chosen) -> None:
+        """From now on these elements are trained."""
+        self._masks = Masks.fixed(chosen)
 
     def _points(self, record: StepRecord) -> list[Displacement]:
         points = self._estimator.points(lambda query: query_seed(self._segment.seed, record.step, query))
@@ -65,18 +72,25 @@ class Stepper:
     def _on_base(self, records: Sequence[StepRecord]) -> None:
         changes = [self._change(record) for record in records if not record.skipped]
         if self._segment.rounding == "nearest":
-            apply_changes(self._trained, changes, self._noise)
+            self._apply(self._trained, changes)
         else:
-            apply_changes(self._masters.instead_of(self._trained), changes, self._noise)
+            self._apply(self._masters.instead_of([p for p in self._trained if self._masks.trains(p.key)]), changes)
             self._masters.write_back()
+
+    def _apply(self, trained: Sequence[Trained], changes: Sequence[Change]) -> None:
+        moving = [p for p in trained if self._masks.trains(p.key)]
+        masks = {p.key: mask for p in moving if (mask := self._masks.of(p.key)) is not None}
+        apply_changes(moving, changes, self._noise, masks)
 
     def _in_place(self, records: Sequence[StepRecord]) -> None:
         residency = InPlace(None, self._trained, self._noise)
+        residency.masks = self._masks
         for record in records:
             residency.reenact(record.passes, self._points(record), [group.eps for group in record.settings])
             if not record.skipped:
                 change = self._change(record)
                 residency.update(change)
+            residency.ended()
 
 
 def build(what: str, table: Mapping[str, object], part: Options) -> Any:

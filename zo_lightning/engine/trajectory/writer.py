@@ -201,6 +201,16 @@ def unused(path: Path) -> Iterator[None]:
         os.close(number)
 
 
+def set_aside(path: Path) -> None:
+    """Give a log that is not continued another name, unless a process still appends to it."""
+    if path.exists():
+        number = 1
+        while (aside := path.with_name(f"{path.stem}-{number:03d}{path.suffix}")).exists():
+            number += 1
+        with unused(path):
+            os.rename(path, aside)
+
+
 def _take_name(temporary: Path, target: Path) -> None:
     """Rename, but never over a file that is there."""
     try:

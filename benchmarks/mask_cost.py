@@ -1,0 +1,85 @@
+"""What a masked step costs beside the dense one and two forward passes, in one run on the same work.
+
+python benchmarks/mask_cost.py --json benchmarks/results/mask_cost_exact.json
+python benchmarks/mask_cost.py --weights inplace
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import environment, write
+from transformers import OPTConfig, OPTForCausalLM
+
+from zo_lightning.engine import ZOOptimizer
+from zo_lightning.engine.masks import Mask, NofM, Random, SmallWeights
+
+MASKS: dict[str, Mask | None] = {
+    "dense": None,
+    "small_weights, density 0.25": Mask(SmallWeights(), 0.25),
+    "random, density 0.25": Mask(Random(), 0.25),
+    "n_of_m, 1 of 4": Mask(NofM(1, 4)),
+    "small_weights, density 0.001": Mask(SmallWeights(), 0.001),
+}
+
+
+def measure(weights: str, batch: int, length: int, rounds: int) -> list[dict[str, Any]]:
+    """Medians in ms, and over the dense step and two forward passes; the kinds of step take turns."""
+    torch.manual_seed(0)
+    model = OPTForCausalLM(OPTConfig(dropout=0.0, attention_dropout=0.0)).eval()
+    ids = torch.randint(0, 50000, (batch, length))
+
+    def loss() -> torch.Tensor:
+        found: torch.Tensor = model(input_ids=ids, labels=ids).loss
+        return found
+
+    def forwards() -> None:
+        with torch.no_grad():
+            loss()
+            loss()
+
+    steps: dict[str, Callable[[], object]] = {"two forwards": forwards}
+    for name, mask in MASKS.items():
+        optimizer = ZOOptimizer(model, lr=1e-9, weights=weights, mask=mask, safeguard=None)
+        steps[name] = lambda optimizer=optimizer: optimizer.step(loss)  # type: ignore[misc]
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for index in range(rounds + 1):
+        for name, step in steps.items():
+            began = time.perf_counter()
+            step()
+            if index:  # the first round compiles
+                times[name].append(time.perf_counter() - began)
+    median = {name: statistics.median(row) for name, row in times.items()}
+    return [
+        {"step": name, "ms": 1e3 * value, "over_dense": value / median["dense"], "over_two_forwards": value / median["two forwards"]}
+        for name, value in median.items()
+    ]
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Print a line a kind of step; `--json` writes them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", choices=("exact", "copy", "inplace"), default="exact")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--json", type=Path, default=None)
+    options = parser.parse_args(arguments)
+    rows = measure(options.weights, options.batch, options.length, options.rounds)
+    for row in rows:
+        print(f"{row['step']:30} {row['ms']:8.0f} ms   over dense {row['over_dense']:5.3f}  over forwards {row['over_two_forwards']:5.3f}")
+    chosen = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items() if name != "json"}
+    result = {"environment": environment("cpu"), "options": chosen, "rows": rows}
+    if options.json is not None:
+        write(options.json, result)
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""SparseMask under both hosts: the engine's own steps, charts, refreshes across a kill."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning_models
+import pytest
+import torch
+from keeper_tools import equal
+from lightning_models import HOST_WARNINGS, NAMES, lit, loader, loss_of, net
+
+from zo_lightning.callbacks import Run, SparseMask, TrajectoryLog, ZOCallback
+from zo_lightning.engine import StepReport, ZOOptimizer
+from zo_lightning.engine.masks import Mask, Where
+from zo_lightning.engine.options import EngineOptions
+from zo_lightning.strategy import ZOStrategy
+
+pytestmark = [pytest.mark.filterwarnings(text) for text in HOST_WARNINGS]
+pytestmark += [pytest.mark.filterwarnings(r"ignore:The run in .* was cut off:zo_lightning.engine.messages.ZOWarning")]
+
+
+class CutError(Exception):
+    """What a kill is in these tests."""
+
+
+class Scissors(ZOCallback):
+    """Ends the run after a number of steps, and keeps the charts."""
+
+    def __init__(self, after: int | None = None, mask: SparseMask | None = None) -> None:
+        self.after, self.mask, self.charts = after, mask, list[dict[str, float]]()
+
+    def on_zo_step(self, run: Run, report: StepReport) -> None:
+        if self.mask is not None:
+            self.charts.append(self.mask.metrics())
+        if run.optimizer.steps == self.after:
+            raise CutError
+
+
+def fit(folder: Path, mask: SparseMask, *more: Any, name: str = NAMES[0], seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    module = lit(name)(net(), lambda m: torch.optim.SGD(m.parameters(), lr=0.01, weight_decay=0.1))
+    if seed:
+        with torch.no_grad():
+            for weight in module.parameters():
+                weight.normal_()
+    torch.manual_seed(0)
+    host = lightning_models.trainer(
+        folder,
+        name,
+        strategy=ZOStrategy(weights="exact", eps=1e-2),
+        max_epochs=2,
+        callbacks=[mask, *more],
+        enable_checkpointing=any("ModelCheckpoint" in type(one).__name__ for one in more),
+    )
+    try:
+        host.fit(module, loader(shuffle=True))
+    except CutError:
+        return None
+    return module
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_lightning_makes_the_engines_masked_steps(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = {"density": 0.3, "refresh": 5}
+    torch.manual_seed(0)
+    plain = net()
+    optimizer = ZOOptimizer(plain, lr=0.01, weight_decay=0.1, eps=1e-2, weights="exact", mask=Mask("small_weights", **given))
+    watch = Scissors(mask=SparseMask("small_weights", **given))
+    module = fit(tmp_path, watch.mask, watch, name=name)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    batches = loader(shuffle=True)
+    for _ in range(2):
+        for batch in batches:
+            optimizer.step(lambda batch=batch: loss_of(plain, batch))
+    assert equal(dict(module.net.state_dict()), dict(plain.state_dict()))
+    made = [charts for charts in watch.charts if charts]
+    assert [i for i, charts in enumerate(watch.charts) if charts] == [0, 5, 10, 15]
+    assert made[0]["zo/mask/density"] == pytest.approx(0.3, abs=0.02)
+    assert "zo/mask/overlap" not in made[0]
+    assert 0.5 < made[1]["zo/mask/overlap"] <= 1
+    assert all(f"zo/mask/density/{key}" in made[0] for key, _ in plain.named_parameters())
+    printed = capsys.readouterr().err
+    assert "Mask SmallWeights()" in printed
+    assert printed.count("layer ") == 1
+
+
+@pytest.mark.parametrize("cut", [4, 5, 6, 12])
+@pytest.mark.parametrize("save", [False, True])
+def test_a_run_that_is_killed_at_a_refresh_goes_on(cut: int, save: bool, tmp_path: Path) -> None:
+    def mask() -> SparseMask:
+        return SparseMask("small_weights", 0.3, refresh=5, summary=False)
+
+    def more() -> list[Any]:
+        kind = lightning_models.lightning().callbacks.ModelCheckpoint
+        return [TrajectoryLog(), *([kind(every_n_train_steps=4, save_top_k=-1)] if save else [])]
+
+    whole = fit(tmp_path / "whole", mask(), *more())
+    assert fit(tmp_path / "run", mask(), *more(), Scissors(cut)) is None
+    again = fit(tmp_path / "run", mask(), *more(), seed=7)
+    assert equal(again.state_dict(), whole.state_dict())
+
+
+def test_another_mask_does_not_go_on(tmp_path: Path) -> None:
+    assert fit(tmp_path, SparseMask("small_weights", 0.3, summary=False), TrajectoryLog(), Scissors(4)) is None
+    with pytest.raises(ValueError, match=r"At step 0 the mask is not the one that the run in .* one of the rule 'small_weights' there"):
+        fit(tmp_path, SparseMask("small_weights", 0.4, summary=False), TrajectoryLog())
+
+
+def test_two_masks_are_refused() -> None:
+    options = SparseMask("random", 0.5).configure(EngineOptions())
+    with pytest.raises(ValueError, match="There are two masks"):
+        SparseMask("random", 0.4).configure(options)
+
+
+def test_a_pattern_that_fits_nothing_is_an_error_before_the_first_step(tmp_path: Path) -> None:
+    watch = Scissors()
+    with pytest.raises(ValueError, match="exclude: the pattern 'bais' fits no trained layer"):
+        fit(tmp_path, SparseMask("random", 0.5, exclude="bais"), watch)
+    assert not watch.charts
+
+
+def test_the_users_own_mask(tmp_path: Path) -> None:
+    mask = SparseMask(Where(lambda name, tensor: tensor.dim() > 1), summary=False)
+    module = fit(tmp_path, mask)
+    torch.manual_seed(0)
+    start = dict(net().named_parameters())
+    assert all(torch.equal(start[key], value) is (value.dim() == 1) for key, value in module.net.named_parameters())

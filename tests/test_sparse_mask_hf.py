@@ -1,0 +1,90 @@
+"""SparseMask in the Hugging Face trainer: charts, adapters, bfloat16, accumulation, refreshes across a kill."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_tools import bert, llama, losses, same, texts, tokens, trainer, weights
+from peft import LoraConfig, get_peft_model
+
+from zo_lightning.callbacks import Run, SparseMask, TrajectoryLog, ZOCallback
+from zo_lightning.engine import StepReport
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings(r"ignore:The run in .* was cut off:zo_lightning.engine.messages.ZOWarning"),
+]
+
+
+class CutError(Exception):
+    """What a kill is in these tests."""
+
+
+class Scissors(ZOCallback):
+    """Ends the run after a number of steps."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_zo_step(self, run: Run, report: StepReport) -> None:
+        if run.optimizer.steps == self.after:
+            raise CutError
+
+
+def lora(seed: int) -> Any:
+    """Adapters on a base that every script loads alike."""
+    base = llama(0)
+    torch.manual_seed(seed)
+    return get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+
+
+MODELS: dict[str, Any] = {"bert": (bert, texts), "bfloat16": (lambda seed: llama(seed, torch.bfloat16), tokens), "lora": (lora, tokens)}
+MASKS: dict[str, Any] = {
+    "small": lambda: SparseMask("small_weights", 0.3, refresh=3, summary=False),
+    "blocks": lambda: SparseMask("random", {"*": 0.4}, refresh=2, exclude="*bias", summary=False),
+}
+MASKS_OF = {
+    "lora": {"blocks": lambda: SparseMask("random", 0.4, refresh=2, summary=False)},
+    "bfloat16": {"blocks": lambda: SparseMask("random", {"*": 0.4}, refresh=2, exclude="*norm*", summary=False)},
+}
+
+
+def run(folder: Path, kind: str, mask: Any, more: list[Any], seed: int = 0, **given: Any) -> Any:
+    make, data = MODELS[kind]
+    own = {"max_steps": 8, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "logging_steps": 1, "zo_eps": 1e-2, **given}
+    host = trainer(folder, make(seed), data=data(), callbacks=[mask, *more], **own)
+    host.train()
+    return host
+
+
+@pytest.mark.parametrize("save", [False, True])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_masked_run_that_is_killed_goes_on(kind: str, mask: str, save: bool, tmp_path: Path) -> None:
+    make = {**MASKS, **MASKS_OF.get(kind, {})}[mask]
+    given: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2} if save else {"save_strategy": "no"}
+    whole = run(tmp_path / "whole", kind, make(), [TrajectoryLog()], **given)
+    with pytest.raises(CutError):
+        run(tmp_path / "run", kind, make(), [TrajectoryLog(), Scissors(5)], **given)
+    again = run(tmp_path / "run", kind, make(), [TrajectoryLog()], seed=9, **given)
+    assert same(weights(again.model), weights(whole.model))
+
+
+def test_charts_and_what_moves(tmp_path: Path) -> None:
+    start = weights(bert(0))
+    host = run(tmp_path, "bert", SparseMask("small_weights", 0.25, refresh=4, exclude="*LayerNorm*", frozen="*embeddings.weight"), [])
+    shares = losses(host, "zo/mask/density")
+    assert len(shares) == 2  # of eight logs, those behind a refresh
+    assert len(losses(host, "zo/mask/overlap")) == 1
+    end = weights(host.model)
+    for name, tensor in end.items():
+        moved = (tensor != start[name]).double().mean()
+        if "embeddings.weight" in name:
+            assert moved == 0
+        elif "query.weight" in name:
+            assert 0.2 < moved < 0.5
+        elif "LayerNorm.bias" in name:
+            assert moved > 0.9

@@ -1,0 +1,157 @@
+"""What a mask is made of: a rule, how many weights, of which layers, and how often it is made anew."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from zo_lightning.engine.masks.parts import Blockwise, HalfLayers, LayerSampling, Structured, Where
+from zo_lightning.engine.masks.rules import Chosen, Draw, LargeWeights, Layer, MaskRule, NofM, Random, SmallWeights
+from zo_lightning.engine.masks.select import counts_of_all
+from zo_lightning.engine.messages import check_number, choose
+
+RULES: dict[str, object] = {
+    kind.name: kind for kind in (SmallWeights, LargeWeights, Random, NofM, HalfLayers, LayerSampling, Blockwise, Structured, Where)
+}
+WHOLE, FROZEN = -1, -2
+"""Counts of layers that the rule is not asked about: trained as without a mask, not trained."""
+
+Density = float | Mapping[str, float] | Callable[[int], float]
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which weights are trained: z' = m z in perturbation and update, m from a rule; weight decay shrinks trained weights alone.
+
+    Args:
+        rule: a `MaskRule`, or its name.
+        density: share of the weights of each layer that is trained, in (0, 1]; a number, a mapping from patterns of layer names to
+            numbers (the first that fits counts), or a function of the step, looked up at each refresh. None for rules with their own.
+        budget: "layer" gives each layer its density; "global" gives their total to the weights that are the smallest or largest of all.
+        refresh: steps between two masks; None keeps the first one. until: from this step on, the mask stays as it is.
+        include: patterns of the layers that the rule is for; the others are trained in full. exclude: of those, layers that are not.
+        frozen: patterns of layers that are not trained at all.
+
+    A layer is a trained tensor, biases and norms like any other. Patterns are those of `fnmatch` on names without the longest common
+    prefix. Raises ValueError for an option out of range here, and before the first step for patterns that fit no layer and for masks
+    that leave nothing to train.
+    """
+
+    rule: MaskRule
+    density: Density | None = None
+    budget: str = "layer"
+    refresh: int | None = None
+    until: int | None = None
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rule, str):
+            kind = choose("rule", self.rule, {name: rule for name, rule in RULES.items() if rule is not Where}, "a MaskRule")
+            object.__setattr__(self, "rule", kind())  # type: ignore[operator]
+        if not isinstance(self.rule, MaskRule):
+            raise ValueError(f"Invalid rule: {self.rule!r}. Must be a MaskRule or one of {', '.join(map(repr, RULES))}.")
+        for option in ("include", "exclude", "frozen"):
+            value = getattr(self, option)
+            patterns = (value,) if isinstance(value, str) else tuple(value)
+            if not all(isinstance(pattern, str) for pattern in patterns):
+                raise ValueError(f"Invalid {option}: {value!r}. Must be patterns of layer names.")
+            object.__setattr__(self, option, patterns)
+        self._check_density()
+        for option in ("refresh", "until"):
+            value = getattr(self, option)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"Invalid {option}: {value!r}. Must be an integer >= 1 (steps), or None.")
+        if self.until is not None and self.refresh is None:
+            raise ValueError(f"until={self.until} does nothing without refresh=.")
+
+    def _check_density(self) -> None:
+        density, rule = self.density, self.rule
+        if not rule.has_density:
+            if density is not None:
+                raise ValueError(f"density={density!r} does nothing with {rule!r}, which has a share of its own. Leave it out.")
+        elif density is None:
+            raise ValueError(f"The rule {rule.name!r} needs density=, the share of the weights that is trained, in (0, 1].")
+        elif isinstance(density, Mapping):
+            if not density:
+                raise ValueError("Invalid density: an empty mapping. Give {pattern: number}, with '*' for the other layers.")
+            for pattern, share in density.items():
+                check_density(share, f"density of {pattern!r}")
+        elif callable(density):
+            if self.refresh is None:
+                raise ValueError("density is a function of the step, which is looked up at each refresh: give refresh=, too.")
+        else:
+            check_density(density, "density")
+        choose("budget", self.budget, {"layer": None, "global": None})
+        if self.budget == "global" and not isinstance(rule, (SmallWeights, LargeWeights)):
+            raise ValueError(f"budget='global' compares weights of all layers, for which {rule.name!r} has no measure. Use budget='layer'.")
+
+    def number(self, step: int) -> int:
+        """Which mask, counted from 0, a step has."""
+        if self.refresh is None:
+            return 0
+        last = step if self.until is None else min(step, max(self.until - 1, 0))
+        return last // self.refresh
+
+    def counts(self, layers: Sequence[Layer], step: int) -> dict[int, int]:
+        """How many elements of each layer, by key, are to be trained; WHOLE or FROZEN where the rule is not asked. ValueError as above."""
+        names = [layer.name for layer in layers]
+        densities = self.density if isinstance(self.density, Mapping) else {}
+        for option, patterns in (("include", self.include), ("exclude", self.exclude), ("frozen", self.frozen), ("density", densities)):
+            for pattern in patterns:
+                if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                    raise ValueError(f"{option}: the pattern {pattern!r} fits no trained layer. {_near(pattern, names)}")
+        counts = {}
+        for layer in layers:
+            if _fits(layer.name, self.frozen):
+                counts[layer.key] = FROZEN
+            elif not _fits(layer.name, self.include) or _fits(layer.name, self.exclude):
+                counts[layer.key] = WHOLE
+            else:
+                counts[layer.key] = round(self._density_of(layer.name, step) * layer.tensor.numel())
+        if self.budget == "global":
+            asked = [layer for layer in layers if counts[layer.key] >= 0]
+            total, largest = sum(counts[layer.key] for layer in asked), isinstance(self.rule, LargeWeights)
+            shares = counts_of_all([layer.tensor for layer in asked], total, largest)
+            counts.update((layer.key, share) for layer, share in zip(asked, shares, strict=True))
+        return counts
+
+    def _density_of(self, name: str, step: int) -> float:
+        density = self.density
+        if density is None:
+            return 1.0
+        if isinstance(density, Mapping):
+            found = next((share for pattern, share in density.items() if fnmatch.fnmatchcase(name, pattern)), None)
+            if found is None:
+                raise ValueError(
+                    f"density: no pattern fits the layer {name!r}. Add '*' for the other layers, or name it in exclude= or frozen=."
+                )
+            return float(found)
+        return check_density(density(step), f"density at step {step}") if callable(density) else float(density)
+
+    def make(self, layers: Sequence[Layer], counts: Mapping[int, int], draw: Draw) -> Chosen:
+        """The masks by parameter key. ValueError where nothing is left to train."""
+        asked = [layer for layer in layers if counts[layer.key] >= 0]
+        chosen: Chosen = {layer.key: None for layer in layers if counts[layer.key] == WHOLE}
+        chosen.update(self.rule.choose(asked, {layer.key: counts[layer.key] for layer in asked}, draw) if asked else {})
+        if not chosen:
+            raise ValueError(f"The mask {self.rule!r} with density={self.density!r} leaves nothing to train. Use a higher density.")
+        return chosen
+
+
+def check_density(value: object, name: str) -> float:
+    """`value` as a float in (0, 1]; ValueError otherwise."""
+    check_number(name, value, "> 0 and <= 1, the share of the weights that is trained", lambda x: 0 < x <= 1)
+    return float(value)  # type: ignore[arg-type]
+
+
+def _fits(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _near(pattern: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(pattern.strip("*"), names, n=4, cutoff=0.3) or list(names[:4])
+    return f"There are {len(names)} layers, such as {', '.join(map(repr, near))}."

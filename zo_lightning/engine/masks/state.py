@@ -1,0 +1,127 @@
+"""The mask of a run: made at the first step, made anew at refreshes, kept in checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zo_lightning.engine.masks.plan import Mask
+from zo_lightning.engine.masks.rules import Chosen, Draw, Layer
+from zo_lightning.engine.noise.members import Band, Bits, Listed, Lot, Members
+from zo_lightning.engine.parameters import Trained
+
+
+class Masks:
+    """Which elements of which parameters a step moves. Without a `Mask`: all of them."""
+
+    def __init__(self, mask: Mask | None = None) -> None:
+        self.mask = mask
+        self.chosen: Chosen | None = None
+        self._among: frozenset[int] = frozenset()
+        self.before: Masks | None = None
+        """The mask before the last refresh of this process."""
+        self.number: int | None = None
+        """Of the mask at hand; None before the first one is made."""
+
+        self.listeners: list[Callable[[Masks, Sequence[Trained]], None]] = []
+        """Called when a mask was made, before the step that it is for."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has no listeners."""
+        return {**vars(self), "listeners": []}
+
+    @staticmethod
+    def fixed(chosen: Chosen | None) -> Masks:
+        """Masks that somebody else has chosen; None trains everything."""
+        masks = Masks()
+        masks.chosen = chosen
+        return masks
+
+    def begin(self, step: int, trained: Sequence[Trained], seed: int) -> bool:
+        """A step begins, the weights are unperturbed: make the mask if it is due. Whether it was."""
+        if self.mask is None:
+            return False
+        number, among = self.mask.number(step), frozenset(p.key for p in trained)
+        if number == self.number and among == self._among:
+            return False
+        self.before = None if self.chosen is None else Masks.fixed(self.chosen)
+        layers = [Layer(p.name, p.key, p.tensor.detach()) for p in trained]
+        with torch.no_grad():
+            self.chosen = self.mask.make(layers, self.mask.counts(layers, step), Draw(seed, number))
+        self.number, self._among = number, among
+        return True
+
+    @property
+    def reproducible(self) -> bool:
+        """Whether an equal run makes equal masks."""
+        return self.mask is None or self.mask.rule.reproducible
+
+    def take(self, chosen: Chosen) -> None:
+        """Use these instead of what was made."""
+        self.chosen = chosen
+
+    def made(self, trained: Sequence[Trained]) -> None:
+        """Tell those who want to know."""
+        for listener in self.listeners:
+            listener(self, trained)
+
+    def trains(self, key: int) -> bool:
+        """Whether any element of a parameter is trained."""
+        return self.chosen is None or key in self.chosen
+
+    def of(self, key: int) -> Members | None:
+        """The mask of a parameter that is trained; None where all of it is."""
+        return None if self.chosen is None else self.chosen.get(key)
+
+    # ---- what a checkpoint keeps
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers and small tensors; bits and lists as they are."""
+        chosen = None if self.chosen is None else {key: encode(mask) for key, mask in self.chosen.items()}
+        return {"number": self.number, "among": sorted(self._among), "chosen": chosen}
+
+    def load_state_dict(self, state: dict[str, Any], device_of: dict[int, torch.device]) -> None:
+        """Take over what `state_dict` returned."""
+        if self.mask is None:
+            return
+        chosen, cpu = state["chosen"], torch.device("cpu")
+        self.number, self._among = state["number"], frozenset(state["among"])
+        self.chosen = None if chosen is None else {key: decode(mask, device_of.get(key, cpu)) for key, mask in chosen.items()}
+
+
+def encode(mask: Members | None) -> dict[str, Any] | None:
+    """A mask as plain types and tensors."""
+    if mask is None:
+        return None
+    if isinstance(mask, Band):
+        return {"kind": "large" if mask.largest else "small", "bound": mask.bound, "last": mask.last, "dtype": str(mask.dtype)[6:]}
+    if isinstance(mask, Lot):
+        return {"kind": "lot", "seed": mask.seed, "key": mask.key, "cut": mask.cut}
+    if isinstance(mask, Bits):
+        return {"kind": "bits", "packed": mask.packed.cpu()}
+    if isinstance(mask, Listed):
+        return {"kind": "list", "index": mask.index.cpu()}
+    raise TypeError(f"A mask of class {type(mask).__name__} can't be saved.")
+
+
+def decode(state: dict[str, Any] | None, device: torch.device) -> Members | None:
+    """What `encode` returned, as a mask."""
+    if state is None:
+        return None
+    if state["kind"] in ("small", "large"):
+        return Band(state["bound"], state["last"], getattr(torch, state["dtype"]), state["kind"] == "large")
+    if state["kind"] == "lot":
+        return Lot(state["seed"], state["key"], state["cut"])
+    if state["kind"] == "bits":
+        return Bits(state["packed"].to(device))
+    return Listed(state["index"].to(device))
+
+
+def digest(mask: Members) -> str:
+    """A fingerprint of stored bits or a list (BLAKE2b)."""
+    stored: Tensor = mask.packed if isinstance(mask, Bits) else mask.index  # type: ignore[attr-defined]
+    return hashlib.blake2b(stored.cpu().contiguous().view(torch.uint8).numpy().tobytes(), digest_size=32).hexdigest()

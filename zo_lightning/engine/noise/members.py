@@ -1,0 +1,217 @@
+"""Which elements of a tensor are trained: by their size, by chance, by a stored bit each, or as a list."""
+
+from __future__ import annotations
+
+import functools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zo_lightning.engine.noise.base import Stretch, constants
+from zo_lightning.engine.noise.compiling import dispatch, kernel
+from zo_lightning.engine.noise.rounding import BLOCK, dither, dither_at, lanes, pairs_into, spread
+from zo_lightning.engine.seeds import stream
+
+_SMALL = 1 << 15
+
+
+class Members(ABC):
+    """A mask m of one tensor, m[i] in {0, 1}, for its elements in logical order; asked for piece by piece, never stored as a whole."""
+
+    @abstractmethod
+    def keep(self, base: Tensor, start: int) -> Tensor:
+        """bool of the shape of `base`, which holds elements start, start + 1, ... of the unperturbed tensor."""
+
+    def kept(self, base: Tensor, start: int) -> Tensor:
+        """The same for a kernel (`base.inside`): the mask, or bounds of |base|."""
+        return self.keep(base, start)
+
+    @abstractmethod
+    def at(self, index: Tensor, base: Tensor) -> Tensor:
+        """m[index], for an int64 tensor of any shape; `base` has the unperturbed values at `index`."""
+
+    @classmethod
+    def together(cls, members: Sequence[Members], values: Sequence[Tensor]) -> Tensor:
+        """The masks of several small one-dimensional tensors, all of this class, concatenated."""
+        return torch.cat([one.keep(base, 0) for one, base in zip(members, values, strict=True)])
+
+
+def _for_size(function: Callable[..., Any], keep: Tensor) -> Callable[..., Any]:
+    """A kernel for large pieces; for small ones, which come in all sizes, the function under it."""
+    return dispatch(function, keep.device) if keep.numel() > _SMALL else function._torchdynamo_orig_callable  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Band(Members):
+    """|theta[i]| < bound, or > bound where `largest`; of those with |theta[i]| = bound the elements up to number `last`.
+
+    Membership follows the weights: nothing is stored. Weights are looked at in `dtype`, that of the model.
+    """
+
+    bound: float
+    last: int
+    dtype: torch.dtype
+    largest: bool = False
+
+    def keep(self, base: Tensor, start: int) -> Tensor:
+        size = base.reshape(-1).to(self.dtype).abs()
+        keep = torch.empty(size.shape, dtype=torch.bool, device=size.device)
+        ties = min(max(self.last + 1 - start, 0), len(size))  # torch's own comparisons: compiled ones that store bools are not vectorized
+        with_ties, without = (torch.ge, torch.gt) if self.largest else (torch.le, torch.lt)
+        with_ties(size[:ties], self.bound, out=keep[:ties])
+        without(size[ties:], self.bound, out=keep[ties:])
+        return keep.view(base.shape)
+
+    def kept(self, base: Tensor, start: int) -> Tensor:
+        all_ties, no_ties = self.last >= start + base.numel() - 1, self.last < start
+        if base.dtype != self.dtype or not (all_ties or no_ties):
+            return self.keep(base, start)
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        edge = torch.tensor(self.bound, dtype=wide)
+        if no_ties:
+            edge = torch.nextafter(edge, torch.tensor(math.inf if self.largest else -1.0, dtype=wide))
+        return constants((edge.item(), math.inf) if self.largest else (-1.0, edge.item()), wide, base.device)
+
+    def at(self, index: Tensor, base: Tensor) -> Tensor:
+        bound = self._bounds(base.device)
+        size = base.to(self.dtype).to(bound.dtype).abs() * bound[1]
+        return (size < bound[0]) | ((size == bound[0]) & (index <= self.last))
+
+    def _bounds(self, device: torch.device) -> Tensor:
+        sign = -1.0 if self.largest else 1.0
+        return constants((self.bound * sign, sign), torch.float64 if self.dtype == torch.float64 else torch.float32, device)
+
+    @classmethod
+    def together(cls, members: Sequence[Members], values: Sequence[Tensor]) -> Tensor:
+        bands = [one for one in members if isinstance(one, Band)]
+        flat = torch.cat(list(values))
+        if any(band.dtype != bands[0].dtype for band in bands):
+            return super().together(members, values)
+        wide = torch.float64 if bands[0].dtype == torch.float64 else torch.float32
+        signs = [-1.0 if band.largest else 1.0 for band in bands]
+        table = torch.tensor([[b.bound * s for b, s in zip(bands, signs, strict=True)], signs], dtype=wide).to(flat.device)
+        place, owner = _places(tuple(len(value) for value in values), flat.device)
+        last = torch.tensor([band.last for band in bands], device=flat.device)[owner]
+        bound, sign = table[:, owner]
+        size = flat.to(bands[0].dtype).to(wide).abs() * sign
+        keep: Tensor = (size < bound) | ((size == bound) & (place <= last))
+        return keep
+
+
+@functools.lru_cache(maxsize=16)
+def _places(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """For tensors of these lengths, concatenated: the number of each element in its tensor, and the number of its tensor."""
+    owner = torch.arange(len(lengths), device=device).repeat_interleave(torch.tensor(lengths, device=device))
+    return torch.cat([torch.arange(length, device=device) for length in lengths]), owner
+
+
+@kernel
+def _drawn(keep: Tensor, pairs: Tensor, lane: Tensor, first: Tensor, key: Tensor, cut: Tensor) -> None:
+    pairs_into(pairs, first, key)
+    keep.copy_(spread(pairs, lane) <= cut)
+
+
+@dataclass(frozen=True)
+class Lot(Members):
+    """u[i] <= cut, with u[i] in [-1/2, 1/2] a function of (seed, parameter key, i), uniform and pairwise independent (rounding.dither)."""
+
+    seed: int
+    key: int
+    cut: float
+
+    def keep(self, base: Tensor, start: int) -> Tensor:
+        count = base.numel()
+        whole = 0 if start % BLOCK else count // BLOCK * BLOCK
+        key = self._key(base.device)
+        keep = torch.empty(count, dtype=torch.bool, device=base.device)
+        if whole:
+            pairs = torch.empty(2, whole // BLOCK, device=base.device)
+            first = constants(start // BLOCK, torch.int32, base.device)
+            cut = constants(self.cut, torch.float32, base.device)
+            lane = lanes(base.device).view(2, 32)
+            _for_size(_drawn, keep)(keep[:whole].view(-1, 2, 32), pairs, lane, first, key, cut)
+        if whole < count:
+            keep[whole:] = dither(key[None], [Stretch(0, start + whole, count - whole)]) <= self.cut
+        return keep.view(base.shape)
+
+    def at(self, index: Tensor, base: Tensor) -> Tensor:
+        return dither_at(index, self._key(index.device)) <= self.cut
+
+    def lots(self, start: int, length: int, device: torch.device) -> Tensor:
+        """u of some elements."""
+        return dither(self._key(device)[None], [Stretch(0, start, length)])
+
+    def _key(self, device: torch.device) -> Tensor:
+        return _lot_key(self.seed, self.key, device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _lot_key(seed: int, key: int, device: torch.device) -> Tensor:
+    return torch.tensor(stream(seed, key, b"zo.mask"), dtype=torch.int32).to(device)
+
+
+@kernel
+def _unpacked(keep: Tensor, packed: Tensor) -> None:
+    shift = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    keep.copy_(((packed[:, None] >> shift) & 1) != 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Bits(Members):
+    """A stored bit for every element: bit i % 8 of byte i // 8 of the uint8 tensor `packed`."""
+
+    packed: Tensor
+
+    @staticmethod
+    def of(keep: Tensor) -> Bits:
+        """From a bool tensor."""
+        flat = keep.reshape(-1)
+        whole = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
+        weights = 1 << torch.arange(8, dtype=torch.uint8, device=keep.device)
+        return Bits((whole * weights).sum(1, dtype=torch.uint8))
+
+    @property
+    def count(self) -> int:
+        """How many elements are trained."""
+        bits = (self.packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=self.packed.device)) & 1
+        return int(bits.sum())
+
+    @staticmethod
+    def taken(mask: Members, theta: Tensor) -> Bits:
+        """What a mask is at these weights."""
+        flat, step = theta.reshape(-1), 1 << 21
+        pieces = [Bits.of(mask.keep(flat[at : at + step], at)).packed for at in range(0, flat.numel(), step)]
+        return Bits(torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.uint8, device=theta.device))
+
+    def keep(self, base: Tensor, start: int) -> Tensor:
+        packed = self.packed[start // 8 : (start + base.numel() + 7) // 8]
+        keep = torch.empty(len(packed), 8, dtype=torch.bool, device=base.device)
+        _for_size(_unpacked, keep)(keep, packed)
+        return keep.view(-1)[start % 8 :][: base.numel()].view(base.shape)
+
+    def at(self, index: Tensor, base: Tensor) -> Tensor:
+        return ((self.packed[index >> 3] >> (index & 7).to(torch.uint8)) & 1) != 0
+
+
+@dataclass(frozen=True, eq=False)
+class Listed(Members):
+    """The elements of a sorted int64 or int32 tensor `index`: what costs time is only what is trained."""
+
+    index: Tensor
+
+    def keep(self, base: Tensor, start: int) -> Tensor:
+        keep = torch.zeros(base.numel(), dtype=torch.bool, device=base.device)
+        here = self.index[(self.index >= start) & (self.index < start + base.numel())]
+        keep[(here - start).long()] = True
+        return keep.view(base.shape)
+
+    def at(self, index: Tensor, base: Tensor) -> Tensor:
+        if not len(self.index):
+            return torch.zeros_like(index, dtype=torch.bool)
+        place = torch.searchsorted(self.index, index.to(self.index.dtype)).clamp_max(len(self.index) - 1)
+        return self.index[place] == index
