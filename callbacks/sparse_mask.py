@@ -70,7 +70,9 @@ class SparseMask(ZOCallback):
         self._says = False
 
     def on_run_end(self, run: Run) -> None:
-        run.optimizer.masks.listeners.remove(self._made)
+        listeners = run.optimizer.masks.listeners
+        if self._made in listeners:  # a run can end before it began for all callbacks, by an error of another one
+            listeners.remove(self._made)
 
     def metrics(self) -> dict[str, float]:
         waiting, self._waiting = self._waiting, []

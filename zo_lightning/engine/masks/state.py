@@ -23,7 +23,7 @@ class Masks:
         self.chosen: Chosen | None = None
         self._among: frozenset[int] = frozenset()
         self.before: Masks | None = None
-        """The mask before the last refresh of this process."""
+        """The mask before a refresh, while `made` tells of it."""
         self.number: int | None = None
         """Of the mask at hand; None before the first one is made."""
 
@@ -68,6 +68,7 @@ class Masks:
         """Tell those who want to know."""
         for listener in self.listeners:
             listener(self, trained)
+        self.before = None  # its bits would take as much memory as those of the mask at hand
 
     def trains(self, key: int) -> bool:
         """Whether any element of a parameter is trained."""
