@@ -15,6 +15,10 @@ from zo_lightning.engine import StepReport
 from zo_lightning.strategy import ZODDPStrategy
 
 
+class CutError(Exception):
+    """What a kill is in these runs."""
+
+
 class Scissors(ZOCallback):
     """Ends every rank after a number of steps."""
 
@@ -23,7 +27,7 @@ class Scissors(ZOCallback):
 
     def on_zo_step(self, run: Run, report: StepReport) -> None:
         if run.optimizer.steps == self.after:
-            raise KeyError("cut")
+            raise CutError
 
 
 class Module(lit()):  # type: ignore[misc]
@@ -50,7 +54,7 @@ def main(folder: Path, weights: str, save: int, cut: int, seed: int) -> None:
     )
     try:
         host.fit(module, loader(shuffle=True), loader(16))
-    except KeyError:
+    except CutError:
         return
     zo = host.strategy.zo_optimizer.state_dict()["zo"]
     torch.save({"weights": state(module), "steps": zo["steps"], "passes": zo["forward_passes"]}, folder / f"{host.global_rank}.pt")

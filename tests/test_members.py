@@ -47,12 +47,20 @@ KINDS = ("small", "large", "lot", "bits", "listed")
 @pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize(("shape", "dtype"), [(s, d) for s in SHAPES for d in (COMPILED if s == "odd" else DTYPES)])
 def test_inside_as_without_a_mask_and_outside_untouched(shape: str, dtype: torch.dtype, noise: str, terms: int, inplace: bool) -> None:
-    for kind in KINDS:
-        _compare(kind, dtype, shape, noise, terms, inplace)
-
-
-def _compare(kind: str, dtype: torch.dtype, shape: str, noise: str, terms: int, inplace: bool) -> None:
     theta = weights(SHAPES[shape], dtype)
+    for kind in KINDS:
+        masked, plain, inside = both(kind, theta, noise, terms, inplace)
+        if kind == "listed" and noise == "gaussian":  # whose kernel for single elements rounds logarithms and sines otherwise
+            ulp = 2.0 ** {torch.bfloat16: -7, torch.float16: -10}.get(dtype, -20)
+            torch.testing.assert_close(masked[inside], plain[inside], rtol=ulp, atol=1e-7)
+        else:
+            assert torch.equal(masked[inside], plain[inside]), kind
+        assert torch.equal(masked[~inside], theta[~inside]), kind
+        assert not torch.equal(masked, theta), kind
+
+
+def both(kind: str, theta: Tensor, noise: str, terms: int, inplace: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(what a sweep with the mask makes, what one without makes, the mask as a whole)."""
     mask, whole = masks(theta)[kind]
     seeds, coefficients = [3, 4][:terms], (1e-3, -2e-3)[:terms]
     found = {}
@@ -61,14 +69,7 @@ def _compare(kind: str, dtype: torch.dtype, shape: str, noise: str, terms: int, 
         out = base if inplace else torch.empty_like(base)
         sweep([Item(out, base, 77, 0.9, coefficients, mask=used)], seeds, NOISES[noise](), rounding=11)  # type: ignore[operator]
         found[name] = out
-    inside = whole.view(theta.shape)
-    if kind == "listed" and noise == "gaussian":  # whose kernel for single elements rounds logarithms and sines otherwise
-        ulp = 2.0 ** {torch.bfloat16: -7, torch.float16: -10}.get(dtype, -20)
-        torch.testing.assert_close(found["masked"][inside], found["plain"][inside], rtol=ulp, atol=1e-7)
-    else:
-        assert torch.equal(found["masked"][inside], found["plain"][inside]), kind
-    assert torch.equal(found["masked"][~inside], theta[~inside])
-    assert not torch.equal(found["masked"], theta)
+    return found["masked"], found["plain"], whole.view(theta.shape)
 
 
 @pytest.mark.parametrize("dtype", COMPILED)
