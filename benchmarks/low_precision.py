@@ -11,28 +11,20 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from learning import Docstrings, train
 from measure import environment, write
-from torch import Tensor
-from transformers import DataCollatorWithPadding
 from workload import DTYPES
 
 from zo_lightning import ZOOptimizer
 from zo_lightning.engine.noise import Item, Rademacher, sweep
 from zo_lightning.engine.residency import Residency
 from zo_lightning.engine.seeds import query_seed, rounding_seed
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-import demo_docstrings
-import docstring_topics
-import minilm
-from zero_signal import accuracy
 
 RUNS = {"float32 exact": ("float32", "exact", True), "bfloat16 exact": ("bfloat16", "exact", True)}
 RUNS["bfloat16 in place, nearest"] = ("bfloat16", "inplace", False)
@@ -76,32 +68,17 @@ def nearest(residency: Residency) -> None:
 def learn(options: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
     """One run of the demo's task in a plain loop, linear decay of lr; held-out accuracy in the dtype of the run."""
     dtype, weights, stochastic = RUNS[name]
-    model, tokenizer = minilm.load(list(docstring_topics.TOPICS))
-    task, collate = demo_docstrings.make_task(tokenizer), DataCollatorWithPadding(tokenizer)
-    model = model.to(DTYPES[dtype]).train()
-    optimizer = ZOOptimizer(model, lr=options.lr, eps=options.eps, weights=weights, seed=seed, dropout=False, safeguard=None)
+    run = Docstrings(seed, options.batch, DTYPES[dtype])
+    optimizer = ZOOptimizer(run.model, lr=options.lr, eps=options.eps, weights=weights, seed=seed, dropout=False, safeguard=None)
     if not stochastic:
         nearest(optimizer.residency)
-    draw = torch.Generator().manual_seed(seed)
-    order: list[int] = []
     began = time.perf_counter()
-    for step in range(options.steps):
-        optimizer.param_groups[0]["lr"] = options.lr * (1 - step / options.steps)
-        if len(order) < options.batch:
-            order = torch.randperm(len(task.train), generator=draw).tolist()
-        rows, order = order[: options.batch], order[options.batch :]
-        batch = collate([task.train[row] for row in rows])
-
-        def loss(batch: Any = batch) -> Tensor:
-            value: Tensor = model(**batch)["loss"]
-            return value
-
-        optimizer.step(loss)
+    train(run, optimizer, options.steps)
     seconds = time.perf_counter() - began
     return {
         "run": name,
         "seed": seed,
-        "accuracy": accuracy(model.eval(), collate, task.held_out),
+        "accuracy": run.accuracy(),
         "seconds_per_step": round(seconds / options.steps, 3),
     }
 

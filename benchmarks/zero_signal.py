@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import transformers
+from learning import accuracy
 from measure import environment, write
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
@@ -66,17 +67,6 @@ def trained_model(steps: int) -> tuple[nn.Module, Any, demo_docstrings.Task]:
     )
     Trainer(model=model, args=arguments, train_dataset=task.train, data_collator=DataCollatorWithPadding(tokenizer)).train()
     return model.eval(), DataCollatorWithPadding(tokenizer), task
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, collate: Any, rows: list[dict[str, Any]]) -> float:
-    """Share of the held-out texts whose topic is found."""
-    right = 0
-    for at in range(0, len(rows), 64):
-        batch = collate([dict(row) for row in rows[at : at + 64]])
-        labels = batch.pop("labels")
-        right += int((model(**batch)["logits"].argmax(-1) == labels).sum())
-    return right / len(rows)
 
 
 def walked(start: list[Trained], dtype: torch.dtype, vectors: torch.dtype, scale: float, seed: int, steps: int) -> list[Tensor]:

@@ -49,7 +49,7 @@ class SparseMask(ZOCallback):
         frozen: str | Sequence[str] = (),
         summary: bool = True,
     ) -> None:
-        self.mask = Mask(rule, density, budget, refresh, until, include, exclude, frozen)  # type: ignore[arg-type]  # Mask normalises them
+        self.mask = Mask(rule, density, budget, refresh, until, include, exclude, frozen)
         self._summary = summary
         self._says = summary
         self._waiting: list[Share] = []
@@ -65,9 +65,9 @@ class SparseMask(ZOCallback):
 
     def _made(self, masks: Masks, trained: Sequence[Trained]) -> None:
         self._waiting = shares(masks, trained)
-        if self._says:
+        if self._says and not masks.measuring:
             print(table(self.mask, self._waiting), file=sys.stderr)
-        self._says = False
+            self._says = False
 
     def on_run_end(self, run: Run) -> None:
         listeners = run.optimizer.masks.listeners

@@ -215,6 +215,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         )
         if not finite:
             self.residency.restore()
+        self.masks.measure(terms, [group.eps for group in settings])
         self._record(plan, StepRecord(self.steps, tuple(values), tuple(settings), not finite, max(1, window.micro_batches)), window)
         if finite:
             self.residency.update(change)
@@ -248,7 +249,7 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     def _begin(self) -> Window:
         """A step begins."""
-        if self.masks.begin(self.steps, self.residency.trained, self.seed):
+        if self.masks.begin(self.steps, self.residency.trained, self.seed, self.noise):
             if not self.masks.reproducible:
                 self.masks.take(self.exchange.share(self.masks.chosen))
             self.journal.mask(self)
@@ -295,7 +296,8 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     def _settings(self, window: Window, plan: StepRecord | None) -> list[GroupSettings]:
         own = [
-            GroupSettings(self._lr(g), e, float(g["weight_decay"])) for g, e in zip(self.param_groups, self._eps_of(window), strict=True)
+            GroupSettings(0.0 if self.masks.measuring else self._lr(g), e, float(g["weight_decay"]))
+            for g, e in zip(self.param_groups, self._eps_of(window), strict=True)
         ]
         if plan is None:
             return own

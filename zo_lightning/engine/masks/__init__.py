@@ -3,6 +3,7 @@
 from zo_lightning.engine.masks.parts import Blockwise, HalfLayers, LayerSampling, Structured, Where
 from zo_lightning.engine.masks.plan import RULES, Mask
 from zo_lightning.engine.masks.rules import LargeWeights, MaskRule, NofM, Random, SmallWeights
+from zo_lightning.engine.masks.scored import PrincipalWeights, Sensitive
 from zo_lightning.engine.masks.state import Masks
 
 __all__ = [
@@ -15,7 +16,9 @@ __all__ = [
     "MaskRule",
     "Masks",
     "NofM",
+    "PrincipalWeights",
     "Random",
+    "Sensitive",
     "SmallWeights",
     "Structured",
     "Where",

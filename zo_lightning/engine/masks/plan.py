@@ -9,19 +9,19 @@ from dataclasses import dataclass
 
 from zo_lightning.engine.masks.parts import Blockwise, HalfLayers, LayerSampling, Structured, Where
 from zo_lightning.engine.masks.rules import Chosen, Draw, LargeWeights, Layer, MaskRule, NofM, Random, SmallWeights
+from zo_lightning.engine.masks.scored import PrincipalWeights, Sensitive
 from zo_lightning.engine.masks.select import counts_of_all
 from zo_lightning.engine.messages import check_number, choose
 
-RULES: dict[str, object] = {
-    kind.name: kind for kind in (SmallWeights, LargeWeights, Random, NofM, HalfLayers, LayerSampling, Blockwise, Structured, Where)
-}
+_BY_WEIGHT = (SmallWeights, LargeWeights, Random, NofM, Sensitive, PrincipalWeights)
+RULES: dict[str, object] = {kind.name: kind for kind in (*_BY_WEIGHT, HalfLayers, LayerSampling, Blockwise, Structured, Where)}
 WHOLE, FROZEN = -1, -2
 """Counts of layers that the rule is not asked about: trained as without a mask, not trained."""
 
 Density = float | Mapping[str, float] | Callable[[int], float]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Mask:
     """Which weights are trained: z' = m z in perturbation and update, m from a rule; weight decay shrinks trained weights alone.
 
@@ -40,26 +40,32 @@ class Mask:
     """
 
     rule: MaskRule
-    density: Density | None = None
-    budget: str = "layer"
-    refresh: int | None = None
-    until: int | None = None
-    include: tuple[str, ...] = ("*",)
-    exclude: tuple[str, ...] = ()
-    frozen: tuple[str, ...] = ()
+    density: Density | None
+    budget: str
+    refresh: int | None
+    until: int | None
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    frozen: tuple[str, ...]
 
-    def __post_init__(self) -> None:
-        if isinstance(self.rule, str):
-            kind = choose("rule", self.rule, {name: rule for name, rule in RULES.items() if rule is not Where}, "a MaskRule")
-            object.__setattr__(self, "rule", kind())  # type: ignore[operator]
-        if not isinstance(self.rule, MaskRule):
-            raise ValueError(f"Invalid rule: {self.rule!r}. Must be a MaskRule or one of {', '.join(map(repr, RULES))}.")
-        for option in ("include", "exclude", "frozen"):
-            value = getattr(self, option)
-            patterns = (value,) if isinstance(value, str) else tuple(value)
-            if not all(isinstance(pattern, str) for pattern in patterns):
-                raise ValueError(f"Invalid {option}: {value!r}. Must be patterns of layer names.")
-            object.__setattr__(self, option, patterns)
+    def __init__(
+        self,
+        rule: str | MaskRule,
+        density: Density | None = None,
+        budget: str = "layer",
+        refresh: int | None = None,
+        until: int | None = None,
+        include: str | Sequence[str] = ("*",),
+        exclude: str | Sequence[str] = (),
+        frozen: str | Sequence[str] = (),
+    ) -> None:
+        own = {"rule": as_rule(rule), "density": density, "budget": budget, "refresh": refresh, "until": until}
+        patterns = {"include": include, "exclude": exclude, "frozen": frozen}
+        for option, value in {**own, **{name: _patterns(name, given) for name, given in patterns.items()}}.items():
+            object.__setattr__(self, option, value)
+        self._check()
+
+    def _check(self) -> None:
         self._check_density()
         for option in ("refresh", "until"):
             value = getattr(self, option)
@@ -67,6 +73,14 @@ class Mask:
                 raise ValueError(f"Invalid {option}: {value!r}. Must be an integer >= 1 (steps), or None.")
         if self.until is not None and self.refresh is None:
             raise ValueError(f"until={self.until} does nothing without refresh=.")
+        self._check_measuring()
+
+    def _check_measuring(self) -> None:
+        steps = self.rule.measures
+        if steps and self.refresh is not None and self.refresh <= steps:
+            raise ValueError(f"Invalid refresh: {self.refresh}. Must be more than the {steps} steps for which {self.rule!r} measures.")
+        if steps and self.until is not None and self.measuring(self.number(self.until)):
+            raise ValueError(f"Invalid until: {self.until}. {self.rule!r} still measures then; the mask would never be made.")
 
     def _check_density(self) -> None:
         density, rule = self.density, self.rule
@@ -90,11 +104,14 @@ class Mask:
             raise ValueError(f"budget='global' compares weights of all layers, for which {rule.name!r} has no measure. Use budget='layer'.")
 
     def number(self, step: int) -> int:
-        """Which mask, counted from 0, a step has."""
-        if self.refresh is None:
-            return 0
+        """Which mask, counted from 0, a step has. Where the rule measures, even masks are those of the steps that do."""
         last = step if self.until is None else min(step, max(self.until - 1, 0))
-        return last // self.refresh
+        period, within = (0, last) if self.refresh is None else divmod(last, self.refresh)
+        return period if not self.rule.measures else 2 * period + (within >= self.rule.measures)
+
+    def measuring(self, number: int) -> bool:
+        """Whether the steps with that mask measure: they perturb every layer the rule is for, and move nothing."""
+        return self.rule.measures > 0 and number % 2 == 0
 
     def counts(self, layers: Sequence[Layer], step: int) -> dict[int, int]:
         """How many elements of each layer, by key, are to be trained; WHOLE or FROZEN where the rule is not asked. ValueError as above."""
@@ -136,7 +153,10 @@ class Mask:
         """The masks by parameter key. ValueError where nothing is left to train."""
         asked = [layer for layer in layers if counts[layer.key] >= 0]
         chosen: Chosen = {layer.key: None for layer in layers if counts[layer.key] == WHOLE}
-        chosen.update(self.rule.choose(asked, {layer.key: counts[layer.key] for layer in asked}, draw) if asked else {})
+        if self.measuring(draw.number):
+            chosen.update({layer.key: None for layer in asked if counts[layer.key]})
+        elif asked:
+            chosen.update(self.rule.choose(asked, {layer.key: counts[layer.key] for layer in asked}, draw))
         if not chosen:
             raise ValueError(f"The mask {self.rule!r} with density={self.density!r} leaves nothing to train. Use a higher density.")
         return chosen
@@ -146,6 +166,24 @@ def check_density(value: object, name: str) -> float:
     """`value` as a float in (0, 1]; ValueError otherwise."""
     check_number(name, value, "> 0 and <= 1, the share of the weights that is trained", lambda x: 0 < x <= 1)
     return float(value)  # type: ignore[arg-type]
+
+
+def as_rule(rule: str | MaskRule) -> MaskRule:
+    """The rule object for a name or an object."""
+    if isinstance(rule, str):
+        named = {name: kind for name, kind in RULES.items() if kind is not Where}
+        found: MaskRule = choose("rule", rule, named, "a MaskRule")()  # type: ignore[operator]
+        return found
+    if not isinstance(rule, MaskRule):
+        raise ValueError(f"Invalid rule: {rule!r}. Must be a MaskRule or one of {', '.join(map(repr, RULES))}.")
+    return rule
+
+
+def _patterns(option: str, value: str | Sequence[str]) -> tuple[str, ...]:
+    patterns = (value,) if isinstance(value, str) else tuple(value)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise ValueError(f"Invalid {option}: {value!r}. Must be patterns of layer names.")
+    return patterns
 
 
 def _fits(name: str, patterns: Sequence[str]) -> bool:

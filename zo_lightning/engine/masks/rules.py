@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,11 +19,12 @@ LIST_BELOW = 0.02
 
 
 class Layer(NamedTuple):
-    """One trained tensor, as a rule sees it: canonical name, parameter key, unperturbed values."""
+    """One trained tensor, as a rule sees it: canonical name, parameter key, the unperturbed parameter, number of its group."""
 
     name: str
     key: int
     tensor: Tensor
+    group: int = 0
 
     @property
     def block(self) -> str | None:
@@ -33,11 +34,20 @@ class Layer(NamedTuple):
         return None if at is None else ".".join(parts[: at + 1])
 
 
+def _no_estimate(layer: Layer) -> Tensor:
+    raise ValueError(f"No step has measured a gradient of {layer.name!r}: the rule has measures = 0.")
+
+
 class Draw(NamedTuple):
-    """What a rule may be random in: the seed of the run, and the number of the mask, which counts refreshes from 0."""
+    """What a mask is made from beside the weights: the seed of the run, the number of the mask, which counts refreshes from 0, and what
+    was measured before it.
+
+    `gradient(layer)` is the mean estimate of its gradient over the steps that measured (`MaskRule.measures`): float32, flat.
+    """
 
     seed: int
     number: int
+    gradient: Callable[[Layer], Tensor] = _no_estimate
 
     def random(self, label: str) -> random.Random:
         """A generator of its own for each (seed, number, label)."""
@@ -49,13 +59,18 @@ Chosen = dict[int, Members | None]
 
 
 class MaskRule(ABC):
-    """Chooses among the layers; a pure function of names, unperturbed weights, the counts asked for, and the draw."""
+    """Chooses among the layers, by names, unperturbed weights, the counts asked for, and the draw."""
 
     name: str
     has_density = True
     """Whether a density is asked for; other rules have one of their own."""
     reproducible = True
     """Whether the mask follows from the weights, the names and the draw, so that a step log need not keep it."""
+
+    @property
+    def measures(self) -> int:
+        """Steps at the beginning of each refresh period that perturb every layer the rule is for, and move nothing."""
+        return 0
 
     @abstractmethod
     def choose(self, layers: Sequence[Layer], counts: Mapping[int, int], draw: Draw) -> Chosen:

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zo_lightning.engine.estimators import Term
 from zo_lightning.engine.masks.plan import Mask
 from zo_lightning.engine.masks.rules import Chosen, Draw, Layer
+from zo_lightning.engine.noise import Change, Noise, apply_changes
 from zo_lightning.engine.noise.members import Band, Bits, Listed, Lot, Members
 from zo_lightning.engine.parameters import Trained
 
@@ -24,6 +26,10 @@ class Masks:
         self._among: frozenset[int] = frozenset()
         self.before: Masks | None = None
         """The mask before a refresh, while `made` tells of it."""
+        self._last: Chosen | None = None
+        """The mask before steps that measure, as long as they do."""
+        self._measured: list[Change] = []
+        """g_j z_j of these steps."""
         self.number: int | None = None
         """Of the mask at hand; None before the first one is made."""
 
@@ -41,18 +47,34 @@ class Masks:
         masks.chosen = chosen
         return masks
 
-    def begin(self, step: int, trained: Sequence[Trained], seed: int) -> bool:
+    @property
+    def measuring(self) -> bool:
+        """Whether the steps with the mask at hand measure for the next one, and move nothing (`MaskRule.measures`)."""
+        return self.mask is not None and self.number is not None and self.mask.measuring(self.number)
+
+    def measure(self, terms: Sequence[Term], scales: Sequence[float]) -> None:
+        """A step's terms, for the perturbation scale of each group; kept as long as the steps measure."""
+        if self.measuring:
+            steps = tuple((1.0, tuple(term.slope / eps for term in terms)) for eps in scales)
+            self._measured.append(Change(tuple(term.seed for term in terms), steps, None))
+
+    def begin(self, step: int, trained: Sequence[Trained], seed: int, noise: Noise) -> bool:
         """A step begins, the weights are unperturbed: make the mask if it is due. Whether it was."""
         if self.mask is None:
             return False
         number, among = self.mask.number(step), frozenset(p.key for p in trained)
         if number == self.number and among == self._among:
             return False
-        self.before = None if self.chosen is None else Masks.fixed(self.chosen)
-        layers = [Layer(p.name, p.key, p.tensor.detach()) for p in trained]
+        last = self._last if self.measuring else self.chosen
+        layers = [Layer(p.name, p.key, p.tensor, p.group) for p in trained]
         with torch.no_grad():
-            self.chosen = self.mask.make(layers, self.mask.counts(layers, step), Draw(seed, number))
-        self.number, self._among = number, among
+            draw = Draw(seed, number, lambda layer: _mean(layer, self._measured, noise))
+            self.chosen = self.mask.make(layers, self.mask.counts(layers, step), draw)
+        again, self.number, self._among = number == self.number, number, among
+        self._last = last if self.measuring else None
+        if self.measuring and not again:
+            self._measured = []
+        self.before = None if last is None else Masks.fixed(last)
         return True
 
     @property
@@ -83,7 +105,8 @@ class Masks:
     def state_dict(self) -> dict[str, Any]:
         """Numbers and small tensors; bits and lists as they are."""
         chosen = None if self.chosen is None else {key: encode(mask) for key, mask in self.chosen.items()}
-        return {"number": self.number, "among": sorted(self._among), "chosen": chosen}
+        measured = [(list(change.seeds), [list(own) for _, own in change.steps]) for change in self._measured]
+        return {"number": self.number, "among": sorted(self._among), "chosen": chosen, "measured": measured}
 
     def load_state_dict(self, state: dict[str, Any], device_of: dict[int, torch.device]) -> None:
         """Take over what `state_dict` returned."""
@@ -91,7 +114,17 @@ class Masks:
             return
         chosen, cpu = state["chosen"], torch.device("cpu")
         self.number, self._among = state["number"], frozenset(state["among"])
+        self._measured = [Change(tuple(seeds), tuple((1.0, tuple(own)) for own in steps), None) for seeds, steps in state["measured"]]
         self.chosen = None if chosen is None else {key: decode(mask, device_of.get(key, cpu)) for key, mask in chosen.items()}
+
+
+def _mean(layer: Layer, measured: Sequence[Change], noise: Noise) -> Tensor:
+    """1/n sum_j g_j z_j of a layer over the steps that measured: float32, flat."""
+    if not measured:
+        raise ValueError(f"No step has measured a gradient of {layer.name!r}: all losses since the mask was due were not finite.")
+    total = torch.zeros(layer.tensor.numel(), device=layer.tensor.device)
+    apply_changes([layer._replace(tensor=total)], measured, noise)
+    return total.div_(len(measured))
 
 
 def encode(mask: Members | None) -> dict[str, Any] | None:
