@@ -117,9 +117,9 @@ class PrincipalWeights(MaskRule):
         vectors = [layer.name for layer in layers if layer.tensor.dim() < 2]
         if vectors and self.vectors == "refuse":
             raise ValueError(
-                f"PrincipalWeights: {vectors[0]!r} is a vector, which has no low-rank approximation; {len(vectors)} of {len(layers)} layers "
-                "are. Use PrincipalWeights(vectors='rest') to leave vectors untrained, as LIFT does, or name them in exclude= (trained in "
-                "full) or frozen=."
+                f"PrincipalWeights: {vectors[0]!r} is a vector, which has no low-rank approximation; {len(vectors)} of {len(layers)} "
+                "layers are. Use PrincipalWeights(vectors='rest') to leave vectors untrained, as LIFT does, or name them in exclude= (trained "
+                "in full) or frozen=."
             )
         chosen: Chosen = {}
         for layer in layers:
