@@ -118,8 +118,8 @@ class PrincipalWeights(MaskRule):
         if vectors and self.vectors == "refuse":
             raise ValueError(
                 f"PrincipalWeights: {vectors[0]!r} is a vector, which has no low-rank approximation; {len(vectors)} of {len(layers)} "
-                "layers are. Use PrincipalWeights(vectors='rest') to leave vectors untrained, as LIFT does, or name them in exclude= (trained "
-                "in full) or frozen=."
+                "layers are. Use PrincipalWeights(vectors='rest') to leave vectors untrained, as LIFT does, or name them in exclude= "
+                "(trained in full) or frozen=."
             )
         chosen: Chosen = {}
         for layer in layers:
