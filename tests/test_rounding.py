@@ -18,8 +18,9 @@ from zo_lightning.engine import seeds
 from zo_lightning.engine.noise import NOISES, Change, Item, Noise, apply_changes, sweep
 from zo_lightning.engine.noise.base import Stretch
 from zo_lightning.engine.noise.compiling import available
-from zo_lightning.engine.noise.rounding import dither as drawn
-from zo_lightning.engine.noise.rounding import dither_at, first_by_bits, first_by_rounding, stochastic
+from zo_lightning.engine.noise.dither import dither as drawn
+from zo_lightning.engine.noise.dither import dither_at
+from zo_lightning.engine.noise.rounding import first_by_bits, first_by_rounding, stochastic
 from zo_lightning.engine.parameters import Trained, parameter_key
 
 SIXTEEN = [torch.bfloat16, torch.float16]

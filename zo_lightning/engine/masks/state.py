@@ -136,7 +136,7 @@ def encode(mask: Members | None) -> dict[str, Any] | None:
     if isinstance(mask, Lot):
         return {"kind": "lot", "seed": mask.seed, "key": mask.key, "cut": mask.cut}
     if isinstance(mask, Bits):
-        return {"kind": "bits", "packed": mask.packed.cpu()}
+        return {"kind": "bits", "words": mask.words.cpu()}
     if isinstance(mask, Listed):
         return {"kind": "list", "index": mask.index.cpu()}
     raise TypeError(f"A mask of class {type(mask).__name__} can't be saved.")
@@ -151,11 +151,11 @@ def decode(state: dict[str, Any] | None, device: torch.device) -> Members | None
     if state["kind"] == "lot":
         return Lot(state["seed"], state["key"], state["cut"])
     if state["kind"] == "bits":
-        return Bits(state["packed"].to(device))
+        return Bits(state["words"].to(device))
     return Listed(state["index"].to(device))
 
 
 def digest(mask: Members) -> str:
     """A fingerprint of stored bits or a list (BLAKE2b)."""
-    stored: Tensor = mask.packed if isinstance(mask, Bits) else mask.index  # type: ignore[attr-defined]
+    stored: Tensor = mask.words if isinstance(mask, Bits) else mask.index  # type: ignore[attr-defined]
     return hashlib.blake2b(stored.cpu().contiguous().view(torch.uint8).numpy().tobytes(), digest_size=32).hexdigest()

@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from zo_lightning.engine.noise.members import Members
 
 
 class Stretch(NamedTuple):
@@ -62,31 +65,18 @@ class Noise(ABC):
         """z[index] in float32, for an int64 tensor of any shape and one stream's `key` of shape (3,)."""
 
     @abstractmethod
-    def add(self, out: Tensor, base: Tensor, key: Tensor, start: int, scalars: Tensor, keep: Tensor | None = None) -> None:
+    def add(self, out: Tensor, base: Tensor, key: Tensor, start: int, scalars: Tensor, mask: Members | None = None) -> None:
         """out <- decay * base + c * z[start : start + numel] in one compiled pass, with `scalars` = (decay, c).
 
         `out` and `base` are one-dimensional and contiguous, and may be the same tensor; `start` is a multiple of 2**19; `key` has shape
-        (3,). The arithmetic is that of `scalars`' dtype: float64 for float64 weights, else float32. Outside `keep` (`inside`), out <- base.
+        (3,). The arithmetic is that of `scalars`' dtype: float64 for float64 weights, else float32. Outside the mask, out <- base.
         """
 
     @abstractmethod
     def add_rounded(
-        self, out: Tensor, base: Tensor, key: Tensor, round_key: Tensor, start: int, scalars: Tensor, keep: Tensor | None = None
+        self, out: Tensor, base: Tensor, key: Tensor, round_key: Tensor, start: int, scalars: Tensor, mask: Members | None = None
     ) -> None:
         """The same for 16-bit weights with stochastic rounding (rounding.py), with `scalars` = (decay - 1, c) in float32."""
-
-
-def inside(keep: Tensor | None, base: Tensor) -> Tensor | None:
-    """Which elements move: `keep` is a bool of the shape of `base`, or bounds (low, high) of |base|, which cost a kernel nothing."""
-    if keep is None or keep.dtype == torch.bool:
-        return keep
-    size = base.to(keep.dtype).abs()
-    return (size >= keep[0]) & (size <= keep[1])
-
-
-def part_of(keep: Tensor | None, part: slice) -> Tensor | None:
-    """`keep` for a part of the elements."""
-    return keep[part] if keep is not None and keep.dtype == torch.bool else keep
 
 
 @functools.lru_cache(maxsize=256)

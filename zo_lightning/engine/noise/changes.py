@@ -13,9 +13,9 @@ from zo_lightning.engine.noise.base import Drawn, Noise
 from zo_lightning.engine.noise.compiling import available
 from zo_lightning.engine.noise.flat import Small, step_flat
 from zo_lightning.engine.noise.members import Listed, Members
-from zo_lightning.engine.noise.sweep import MASKED, SMALL, Item, compiled, elements, flat, keys_of, large, masks_of, packs
+from zo_lightning.engine.noise.sweep import SMALL, Item, compiled, elements, flat, keys_of, large, masks_of, packs
 
-CHUNK = MASKED
+CHUNK = 1 << 21
 """Elements of a large tensor that stay in cache together."""
 
 
@@ -95,8 +95,7 @@ def _large(steps: Sequence[tuple[Item, Drawn]], noise: Noise) -> None:
         piece = whole[at : at + CHUNK]
         for item, drawn in steps:
             if not _nothing(item):
-                keep = None if item.mask is None else item.mask.kept(piece, at)
-                compiled(item, piece, piece, at, drawn, noise, keep)
+                compiled(item, piece, piece, at, drawn, noise)
 
 
 def _small(tensors: Sequence[Sequence[tuple[Item, Drawn]]], noise: Noise, fused: bool) -> None:

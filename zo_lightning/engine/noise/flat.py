@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from zo_lightning.engine.noise.base import Drawn, Noise, Stretch, inside
-from zo_lightning.engine.noise.rounding import dither, fused_stochastic, stochastic
+from zo_lightning.engine.noise.base import Drawn, Noise, Stretch
+from zo_lightning.engine.noise.dither import dither
+from zo_lightning.engine.noise.rounding import fused_stochastic, stochastic
 
 
 class Small:
@@ -81,15 +82,14 @@ def moved(
     fused: bool,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """decay * base + total, wide, or with a dither rounded to `dtype` (None: that of `base`); `base` outside `keep` (`inside`)."""
+    """decay * base + total, wide, or with a dither rounded to `dtype` (None: that of `base`); `base` outside `keep`."""
     compute = compute_dtype(base)
     wide = base.to(compute)
-    own = inside(keep, wide)
     if dithered is None:
         result = (wide * _cast(decay, compute)).add_(total)
-        return result if own is None else torch.where(own, result, wide)
+        return result if keep is None else torch.where(keep, result, wide)
     change = wide * _cast(decay - 1.0, compute) + total
-    change = change if own is None else torch.where(own, change, 0.0)
+    change = change if keep is None else torch.where(keep, change, 0.0)
     rounded: Tensor = (fused_stochastic if fused else stochastic)(wide, change, dithered, base.dtype if dtype is None else dtype)
     return rounded
 

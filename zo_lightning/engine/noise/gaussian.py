@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from zo_lightning.engine.noise.base import Noise, Stretch, constants, counters, inside, part_of
+from zo_lightning.engine.noise.base import Noise, Stretch, constants, counters
 from zo_lightning.engine.noise.compiling import dispatch, kernel
-from zo_lightning.engine.noise.rounding import BLOCK, settle
+from zo_lightning.engine.noise.inside import choose_into
+from zo_lightning.engine.noise.rounding import settle
 from zo_lightning.engine.noise.threefry import fused_threefry, threefry
+
+if TYPE_CHECKING:
+    from zo_lightning.engine.noise.members import Members
 
 HALF = 1 << 18
 """The two values of a hash lie this far apart: the halves of a block are separate contiguous tensors, so the kernel vectorizes."""
@@ -29,40 +34,34 @@ def _pairs(count: int, first: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     return _polar(*threefry(c0, key[2], key[0], key[1]))
 
 
-def _moved(base: Tensor, z: Tensor, scalars: Tensor, keep: Tensor | None) -> Tensor:
-    wide = base.to(scalars.dtype)
-    moved = wide * scalars[0] + scalars[1] * z.to(scalars.dtype)
-    own = inside(keep, wide)
-    return moved if own is None else torch.where(own, moved, wide)
-
-
-Kept = tuple[Tensor | None, Tensor | None]
+def _moved(base: Tensor, z: Tensor, scalars: Tensor) -> Tensor:
+    return base.to(scalars.dtype) * scalars[0] + scalars[1] * z.to(scalars.dtype)
 
 
 @kernel
-def _add_pair(a: Tensor, b: Tensor, base_a: Tensor, base_b: Tensor, first: Tensor, key: Tensor, scalars: Tensor, keep: Kept) -> None:
+def _add_pair(a: Tensor, b: Tensor, base_a: Tensor, base_b: Tensor, first: Tensor, key: Tensor, scalars: Tensor) -> None:
     radius, angle = _pairs(a.shape[0], first, key)
-    a.copy_(_moved(base_a, radius * torch.cos(angle), scalars, keep[0]))
-    b.copy_(_moved(base_b, radius * torch.sin(angle), scalars, keep[1]))
+    a.copy_(_moved(base_a, radius * torch.cos(angle), scalars))
+    b.copy_(_moved(base_b, radius * torch.sin(angle), scalars))
 
 
 @kernel
-def _add_pair_(a: Tensor, b: Tensor, first: Tensor, key: Tensor, scalars: Tensor, keep: Kept) -> None:
+def _add_pair_(a: Tensor, b: Tensor, first: Tensor, key: Tensor, scalars: Tensor) -> None:
     radius, angle = _pairs(a.shape[0], first, key)
-    a.copy_(_moved(a, radius * torch.cos(angle), scalars, keep[0]))
-    b.copy_(_moved(b, radius * torch.sin(angle), scalars, keep[1]))
+    a.copy_(_moved(a, radius * torch.cos(angle), scalars))
+    b.copy_(_moved(b, radius * torch.sin(angle), scalars))
 
 
 @kernel
-def _add_first(a: Tensor, base: Tensor, first: Tensor, key: Tensor, scalars: Tensor, keep: Tensor | None) -> None:
+def _add_first(a: Tensor, base: Tensor, first: Tensor, key: Tensor, scalars: Tensor) -> None:
     radius, angle = _pairs(a.shape[0], first, key)
-    a.copy_(_moved(base, radius * torch.cos(angle), scalars, keep))
+    a.copy_(_moved(base, radius * torch.cos(angle), scalars))
 
 
 @kernel
-def _add_first_(a: Tensor, first: Tensor, key: Tensor, scalars: Tensor, keep: Tensor | None) -> None:
+def _add_first_(a: Tensor, first: Tensor, key: Tensor, scalars: Tensor) -> None:
     radius, angle = _pairs(a.shape[0], first, key)
-    a.copy_(_moved(a, radius * torch.cos(angle), scalars, keep))
+    a.copy_(_moved(a, radius * torch.cos(angle), scalars))
 
 
 @kernel
@@ -115,34 +114,39 @@ class Gaussian(Noise):
         z: Tensor = dispatch(_normal_at, index.device)(index, key)
         return z
 
-    def add(self, out: Tensor, base: Tensor, key: Tensor, start: int, scalars: Tensor, keep: Tensor | None = None) -> None:
-        in_place = out is base
+    def add(self, out: Tensor, base: Tensor, key: Tensor, start: int, scalars: Tensor, mask: Members | None = None) -> None:
         for begin in range(0, base.numel(), 2 * HALF):
-            first = constants((start + begin) // 2, torch.int32, key.device)
-            length = min(2 * HALF, base.numel() - begin)
-            pairs = max(0, length - HALF)
-            if pairs:
-                a, b = slice(begin, begin + pairs), slice(begin + HALF, begin + HALF + pairs)
-                kept = (part_of(keep, a), part_of(keep, b))
-                if in_place:
-                    _add_pair_(_alias(out[a]), _alias(out[b]), first, key, scalars, kept)
-                else:
-                    _add_pair(_alias(out[a]), _alias(out[b]), base[a], base[b], first, key, scalars, kept)
-            if pairs < min(length, HALF):
-                rest = slice(begin + pairs, begin + min(length, HALF))
-                here = part_of(keep, rest)
-                if in_place:
-                    _add_first_(out[rest], first + pairs, key, scalars, here)
-                else:
-                    _add_first(out[rest], base[rest], first + pairs, key, scalars, here)
+            part = slice(begin, begin + 2 * HALF)
+            target, given = out[part], base[part]
+            if mask is None:
+                _add_block(target, target if out is base else given, key, start + begin, scalars)
+            else:
+                moved = torch.empty_like(given, dtype=scalars.dtype)
+                _add_block(moved, given, key, start + begin, scalars)
+                choose_into(target, given, moved, mask, start + begin)
 
     def add_rounded(
-        self, out: Tensor, base: Tensor, key: Tensor, round_key: Tensor, start: int, scalars: Tensor, keep: Tensor | None = None
+        self, out: Tensor, base: Tensor, key: Tensor, round_key: Tensor, start: int, scalars: Tensor, mask: Members | None = None
     ) -> None:
         for begin in range(0, base.numel(), 2 * HALF):
             part = slice(begin, begin + 2 * HALF)
             total = torch.zeros_like(base[part], dtype=torch.float32)
             self.add(total, total, key, start + begin, torch.stack((torch.ones_like(scalars[1]), scalars[1])))
-            first = constants((start + begin) // BLOCK, torch.int32, key.device)
-            given, kept = out[part], part_of(keep, part)
-            settle(given, given if out is base else base[part], total, round_key, start + begin, scalars[0], first, kept)
+            given = out[part]
+            settle(given, given if out is base else base[part], total, round_key, start + begin, scalars[0], mask)
+
+
+def _add_block(out: Tensor, base: Tensor, key: Tensor, start: int, scalars: Tensor) -> None:
+    """Of one block of 2**19 elements, or of the last one, which may be shorter: out <- decay * base + c z."""
+    first = constants(start // 2, torch.int32, key.device)
+    pairs = max(0, base.numel() - HALF)
+    rest = slice(pairs, min(base.numel(), HALF))
+    a, b = slice(0, pairs), slice(HALF, HALF + pairs)
+    if pairs and out is base:
+        _add_pair_(_alias(out[a]), _alias(out[b]), first, key, scalars)
+    elif pairs:
+        _add_pair(_alias(out[a]), _alias(out[b]), base[a], base[b], first, key, scalars)
+    if rest.stop > pairs and out is base:
+        _add_first_(out[rest], first + pairs, key, scalars)
+    elif rest.stop > pairs:
+        _add_first(out[rest], base[rest], first + pairs, key, scalars)

@@ -5,19 +5,16 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from zo_lightning.engine.noise.base import Stretch, constants
-from zo_lightning.engine.noise.compiling import dispatch, kernel
-from zo_lightning.engine.noise.rounding import BLOCK, dither, dither_at, lanes, pairs_into, spread
+from zo_lightning.engine.noise.dither import BLOCK, Dithers, dither, dither_at, lanes
+from zo_lightning.engine.noise.inside import Bounds, Inside, Lots, Plain, Ties, Words, bits_of
 from zo_lightning.engine.seeds import stream
-
-_SMALL = 1 << 15
 
 
 class Members(ABC):
@@ -27,9 +24,9 @@ class Members(ABC):
     def keep(self, base: Tensor, start: int) -> Tensor:
         """bool of the shape of `base`, which holds elements start, start + 1, ... of the unperturbed tensor."""
 
-    def kept(self, base: Tensor, start: int) -> Tensor:
-        """The same for a kernel (`base.inside`): the mask, or bounds of |base|."""
-        return self.keep(base, start)
+    def inside(self, base: Tensor, start: int) -> Inside:
+        """The same for a kernel: `base` is flat and `start` a multiple of 64, as is its length."""
+        return Plain(self.keep(base, start).view(-1, 2, 32))
 
     @abstractmethod
     def at(self, index: Tensor, base: Tensor) -> Tensor:
@@ -39,11 +36,6 @@ class Members(ABC):
     def together(cls, members: Sequence[Members], values: Sequence[Tensor]) -> Tensor:
         """The masks of several small one-dimensional tensors, all of this class, concatenated."""
         return torch.cat([one.keep(base, 0) for one, base in zip(members, values, strict=True)])
-
-
-def _for_size(function: Callable[..., Any], keep: Tensor) -> Callable[..., Any]:
-    """A kernel for large pieces; for small ones, which come in all sizes, the function under it."""
-    return dispatch(function, keep.device) if keep.numel() > _SMALL else function._torchdynamo_orig_callable  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -67,15 +59,20 @@ class Band(Members):
         without(size[ties:], self.bound, out=keep[ties:])
         return keep.view(base.shape)
 
-    def kept(self, base: Tensor, start: int) -> Tensor:
-        all_ties, no_ties = self.last >= start + base.numel() - 1, self.last < start
-        if base.dtype != self.dtype or not (all_ties or no_ties):
-            return self.keep(base, start)
+    def inside(self, base: Tensor, start: int) -> Inside:
+        if base.dtype != self.dtype:
+            return super().inside(base, start)
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        edge = torch.tensor(self.bound, dtype=wide)
-        if no_ties:
-            edge = torch.nextafter(edge, torch.tensor(math.inf if self.largest else -1.0, dtype=wide))
-        return constants((edge.item(), math.inf) if self.largest else (-1.0, edge.item()), wide, base.device)
+        count, device = base.numel(), base.device
+        ties = min(max(self.last + 1 - start, 0), count)
+        low, high = (self.bound, math.inf) if self.largest else (-1.0, self.bound)
+        if 0 < ties < count:
+            limit = (self.last - start - BLOCK * torch.arange(count // BLOCK, device=device)).clamp(-1, BLOCK).float()
+            return Ties(constants((low, high, self.bound), wide, device), limit, lanes(device).view(2, 32))
+        if not ties:
+            edge = torch.nextafter(torch.tensor(self.bound, dtype=wide), torch.tensor(math.inf if self.largest else -1.0, dtype=wide))
+            low, high = (edge.item(), high) if self.largest else (low, edge.item())
+        return Bounds(constants((low, high), wide, device))
 
     def at(self, index: Tensor, base: Tensor) -> Tensor:
         bound = self._bounds(base.device)
@@ -110,12 +107,6 @@ def _places(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Ten
     return torch.cat([torch.arange(length, device=device) for length in lengths]), owner
 
 
-@kernel
-def _drawn(keep: Tensor, pairs: Tensor, lane: Tensor, first: Tensor, key: Tensor, cut: Tensor) -> None:
-    pairs_into(pairs, first, key)
-    keep.copy_(spread(pairs, lane) <= cut)
-
-
 @dataclass(frozen=True)
 class Lot(Members):
     """u[i] <= cut, with u[i] in [-1/2, 1/2] a function of (seed, parameter key, i), uniform and pairwise independent (rounding.dither)."""
@@ -125,19 +116,11 @@ class Lot(Members):
     cut: float
 
     def keep(self, base: Tensor, start: int) -> Tensor:
-        count = base.numel()
-        whole = 0 if start % BLOCK else count // BLOCK * BLOCK
-        key = self._key(base.device)
-        keep = torch.empty(count, dtype=torch.bool, device=base.device)
-        if whole:
-            pairs = torch.empty(2, whole // BLOCK, device=base.device)
-            first = constants(start // BLOCK, torch.int32, base.device)
-            cut = constants(self.cut, torch.float32, base.device)
-            lane = lanes(base.device).view(2, 32)
-            _for_size(_drawn, keep)(keep[:whole].view(-1, 2, 32), pairs, lane, first, key, cut)
-        if whole < count:
-            keep[whole:] = dither(key[None], [Stretch(0, start + whole, count - whole)]) <= self.cut
-        return keep.view(base.shape)
+        return (self.lots(start, base.numel(), base.device) <= self.cut).view(base.shape)
+
+    def inside(self, base: Tensor, start: int) -> Inside:
+        dithers = Dithers.of(base.numel() // BLOCK, start, self._key(base.device))
+        return Lots(dithers, constants(self.cut, torch.float32, base.device))
 
     def at(self, index: Tensor, base: Tensor) -> Tensor:
         return dither_at(index, self._key(index.device)) <= self.cut
@@ -155,47 +138,46 @@ def _lot_key(seed: int, key: int, device: torch.device) -> Tensor:
     return torch.tensor(stream(seed, key, b"zo.mask"), dtype=torch.int32).to(device)
 
 
-@kernel
-def _unpacked(keep: Tensor, packed: Tensor) -> None:
-    shift = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    keep.copy_(((packed[:, None] >> shift) & 1) != 0)
-
-
 @dataclass(frozen=True, eq=False)
 class Bits(Members):
-    """A stored bit for every element: bit i % 8 of byte i // 8 of the uint8 tensor `packed`."""
+    """A stored bit for every element: bit i % 32 of word i // 32 of the int32 tensor `words`, whose length is even."""
 
-    packed: Tensor
+    words: Tensor
 
     @staticmethod
     def of(keep: Tensor) -> Bits:
         """From a bool tensor."""
         flat = keep.reshape(-1)
-        whole = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
-        weights = 1 << torch.arange(8, dtype=torch.uint8, device=keep.device)
-        return Bits((whole * weights).sum(1, dtype=torch.uint8))
+        whole = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, 8)
+        weights = 1 << torch.arange(8, dtype=torch.uint8, device=keep.device)  # bytes of a word from the lowest up
+        return Bits((whole * weights).sum(1, dtype=torch.uint8).view(torch.int32))
+
+    @staticmethod
+    def length(numel: int) -> int:
+        """Words for so many elements."""
+        return -(-numel // BLOCK) * 2
 
     @property
     def count(self) -> int:
         """How many elements are trained."""
-        bits = (self.packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=self.packed.device)) & 1
-        return int(bits.sum())
+        return sum(int(bits_of(some.view(-1, 2)).sum()) for some in self.words.split(1 << 16))
 
     @staticmethod
     def taken(mask: Members, theta: Tensor) -> Bits:
         """What a mask is at these weights."""
         flat, step = theta.reshape(-1), 1 << 21
-        pieces = [Bits.of(mask.keep(flat[at : at + step], at)).packed for at in range(0, flat.numel(), step)]
-        return Bits(torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.uint8, device=theta.device))
+        pieces = [Bits.of(mask.keep(flat[at : at + step], at)).words for at in range(0, flat.numel(), step)]
+        return Bits(torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int32, device=theta.device))
 
     def keep(self, base: Tensor, start: int) -> Tensor:
-        packed = self.packed[start // 8 : (start + base.numel() + 7) // 8]
-        keep = torch.empty(len(packed), 8, dtype=torch.bool, device=base.device)
-        _for_size(_unpacked, keep)(keep, packed)
-        return keep.view(-1)[start % 8 :][: base.numel()].view(base.shape)
+        words = self.words[start // BLOCK * 2 : Bits.length(start + base.numel())]
+        return bits_of(words.view(-1, 2)).view(-1)[start % BLOCK :][: base.numel()].view(base.shape)
+
+    def inside(self, base: Tensor, start: int) -> Inside:
+        return Words(self.words[start // 32 : (start + base.numel()) // 32].view(-1, 2))
 
     def at(self, index: Tensor, base: Tensor) -> Tensor:
-        return ((self.packed[index >> 3] >> (index & 7).to(torch.uint8)) & 1) != 0
+        return ((self.words[index >> 5] >> (index & 31).int()) & 1) != 0
 
 
 @dataclass(frozen=True, eq=False)

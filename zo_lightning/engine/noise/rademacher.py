@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from zo_lightning.engine.noise.base import Noise, Stretch, constants, counters, inside, part_of, pieces
+from zo_lightning.engine.noise.base import Noise, Stretch, constants, counters, pieces
 from zo_lightning.engine.noise.compiling import dispatch, kernel
-from zo_lightning.engine.noise.rounding import dither, lanes, pairs_into, spread, stochastic
+from zo_lightning.engine.noise.dither import BLOCK, Dithers, dither
+from zo_lightning.engine.noise.inside import Inside, chosen
+from zo_lightning.engine.noise.rounding import stochastic
 from zo_lightning.engine.noise.threefry import fused_threefry, threefry
+
+if TYPE_CHECKING:
+    from zo_lightning.engine.noise.members import Members
 
 _CHUNK = 1 << 22
 """Elements whose sign words (1 bit each) exist at once."""
@@ -31,67 +37,38 @@ def _signed(words: Tensor, scale: Tensor) -> Tensor:
     return torch.where((words.t()[:, :, None] & bits) != 0, scale, -scale)
 
 
-def _moved(base: Tensor, words: Tensor, scalars: Tensor, keep: Tensor | None) -> Tensor:
+def _moved(base: Tensor, words: Tensor, first: Tensor, key: Tensor, scalars: Tensor, inside: Inside | None) -> Tensor:
+    _words_into(words, first, key)
     wide = base.to(scalars.dtype)
-    moved = wide * scalars[0] + _signed(words, scalars[1])
-    own = inside(keep, wide)
-    return moved if own is None else torch.where(own, moved, wide)
+    return chosen(inside, wide, wide * scalars[0] + _signed(words, scalars[1]), wide)
 
 
-def _change(wide: Tensor, words: Tensor, scalars: Tensor, keep: Tensor | None) -> Tensor:
-    """What is added to 16-bit weights, for `scalars` = (decay - 1, c)."""
-    change = wide * scalars[0] + _signed(words, scalars[1])
-    own = inside(keep, wide)
-    return change if own is None else torch.where(own, change, 0.0)
-
-
-@kernel
-def _add_signs(out: Tensor, base: Tensor, words: Tensor, first: Tensor, key: Tensor, scalars: Tensor, keep: Tensor | None) -> None:
+def _rounded(base: Tensor, words: Tensor, first: Tensor, key: Tensor, scalars: Tensor, inside: Inside | None, dithers: Dithers) -> Tensor:
+    """For `scalars` = (decay - 1, c)."""
     _words_into(words, first, key)
-    out.copy_(_moved(base, words, scalars, keep))
-
-
-@kernel
-def _add_signs_(weights: Tensor, words: Tensor, first: Tensor, key: Tensor, scalars: Tensor, keep: Tensor | None) -> None:
-    _words_into(words, first, key)
-    weights.copy_(_moved(weights, words, scalars, keep))
-
-
-@kernel
-def _round_signs(
-    out: Tensor,
-    base: Tensor,
-    words: Tensor,
-    pairs: Tensor,
-    lane: Tensor,
-    first: Tensor,
-    key: Tensor,
-    round_key: Tensor,
-    scalars: Tensor,
-    keep: Tensor | None,
-) -> None:
-    _words_into(words, first, key)
-    pairs_into(pairs, first, round_key)
     wide = base.float()
-    out.copy_(stochastic(wide, _change(wide, words, scalars, keep), spread(pairs, lane), out.dtype))
+    change = chosen(inside, wide, wide * scalars[0] + _signed(words, scalars[1]), 0.0)
+    return stochastic(wide, change, dithers.values(), base.dtype)
 
 
 @kernel
-def _round_signs_(
-    weights: Tensor,
-    words: Tensor,
-    pairs: Tensor,
-    lane: Tensor,
-    first: Tensor,
-    key: Tensor,
-    round_key: Tensor,
-    scalars: Tensor,
-    keep: Tensor | None,
-) -> None:
-    _words_into(words, first, key)
-    pairs_into(pairs, first, round_key)
-    wide = weights.float()
-    weights.copy_(stochastic(wide, _change(wide, words, scalars, keep), spread(pairs, lane), weights.dtype))
+def _add_signs(out: Tensor, base: Tensor, *how: Any) -> None:
+    out.copy_(_moved(base, *how))
+
+
+@kernel
+def _add_signs_(weights: Tensor, *how: Any) -> None:
+    weights.copy_(_moved(weights, *how))
+
+
+@kernel
+def _round_signs(out: Tensor, base: Tensor, *how: Any) -> None:
+    out.copy_(_rounded(base, *how))
+
+
+@kernel
+def _round_signs_(weights: Tensor, *how: Any) -> None:
+    weights.copy_(_rounded(weights, *how))
 
 
 @kernel
@@ -124,52 +101,44 @@ class Rademacher(Noise):
         z: Tensor = dispatch(_sign_at, index.device)(index, key)
         return z
 
-    def add(self, out: Tensor, base: Tensor, key: Tensor, start: int, scalars: Tensor, keep: Tensor | None = None) -> None:
-        whole = base.numel() // 64 * 64
-        words = torch.empty(2 * min(whole, _CHUNK) // 64, dtype=torch.int32, device=base.device)
-        for begin in range(0, whole, _CHUNK):
-            part = slice(begin, min(begin + _CHUNK, whole))
-            first = constants((start + begin) // 64, torch.int32, key.device)
-            target, drawn = _blocks(out[part]), words[: (part.stop - begin) // 32].view(2, -1)
-            kept = part_of(keep, part)
-            kept = kept if kept is None or kept is keep else _blocks(kept)
-            if out is base:
-                _add_signs_(target, drawn, first, key, scalars, kept)
-            else:
-                _add_signs(target, _blocks(base[part]), drawn, first, key, scalars, kept)
+    def add(self, out: Tensor, base: Tensor, key: Tensor, start: int, scalars: Tensor, mask: Members | None = None) -> None:
+        for target, given, _, how in _launches(out, base, key, start, scalars, mask):
+            _add_signs_(target, *how) if given is None else _add_signs(target, given, *how)
+        whole = base.numel() // BLOCK * BLOCK
         if whole < base.numel():
             tail = Stretch(0, start + whole, base.numel() - whole)
             wide = base[whole:].to(scalars.dtype)
             moved = wide * scalars[0] + self.values(key[None], [tail], scalars.dtype) * scalars[1]
-            own = inside(part_of(keep, slice(whole, None)), wide)
-            out[whole:] = moved if own is None else torch.where(own, moved, wide)
+            out[whole:] = moved if mask is None else torch.where(mask.keep(base[whole:], start + whole), moved, wide)
 
     def add_rounded(
-        self, out: Tensor, base: Tensor, key: Tensor, round_key: Tensor, start: int, scalars: Tensor, keep: Tensor | None = None
+        self, out: Tensor, base: Tensor, key: Tensor, round_key: Tensor, start: int, scalars: Tensor, mask: Members | None = None
     ) -> None:
-        whole = base.numel() // 64 * 64
-        words = torch.empty(2 * min(whole, _CHUNK) // 64, dtype=torch.int32, device=base.device)
-        pairs = torch.empty(2 * min(whole, _CHUNK) // 64, device=base.device)
-        lane = lanes(base.device).view(2, 32)
-        for begin in range(0, whole, _CHUNK):
-            part = slice(begin, min(begin + _CHUNK, whole))
-            first = constants((start + begin) // 64, torch.int32, key.device)
-            count = (part.stop - begin) // 32
-            target, drawn, dithers = _blocks(out[part]), words[:count].view(2, -1), pairs[:count].view(2, -1)
-            kept = part_of(keep, part)
-            kept = kept if kept is None or kept is keep else _blocks(kept)
-            if out is base:
-                _round_signs_(target, drawn, dithers, lane, first, key, round_key, scalars, kept)
-            else:
-                _round_signs(target, _blocks(base[part]), drawn, dithers, lane, first, key, round_key, scalars, kept)
+        for target, given, at, how in _launches(out, base, key, start, scalars, mask):
+            dithers = Dithers.of(len(target), at, round_key)
+            _round_signs_(target, *how, dithers) if given is None else _round_signs(target, given, *how, dithers)
+        whole = base.numel() // BLOCK * BLOCK
         if whole < base.numel():
             tail = [Stretch(0, start + whole, base.numel() - whole)]
             wide = base[whole:].float()
             change = wide * scalars[0] + self.values(key[None], tail, torch.float32) * scalars[1]
-            own = inside(part_of(keep, slice(whole, None)), wide)
-            if own is not None:
-                change = torch.where(own, change, 0.0)
+            if mask is not None:
+                change = torch.where(mask.keep(base[whole:], start + whole), change, 0.0)
             out[whole:] = stochastic(wide, change, dither(round_key[None], tail), base.dtype)
+
+
+def _launches(
+    out: Tensor, base: Tensor, key: Tensor, start: int, scalars: Tensor, mask: Members | None
+) -> Iterator[tuple[Tensor, Tensor | None, int, tuple[Any, ...]]]:
+    """For all whole blocks: the target, the weights (None where they are the target), number of the first element, other arguments."""
+    whole = base.numel() // BLOCK * BLOCK
+    words = torch.empty(2 * min(whole, _CHUNK) // BLOCK, dtype=torch.int32, device=base.device)
+    for begin in range(0, whole, _CHUNK):
+        part = slice(begin, min(begin + _CHUNK, whole))
+        at, room = start + begin, words[: (part.stop - begin) // 32].view(2, -1)
+        inside = None if mask is None else mask.inside(base[part], at)
+        how = (room, constants(at // BLOCK, torch.int32, key.device), key, scalars, inside)
+        yield _blocks(out[part]), None if out is base else _blocks(base[part]), at, how
 
 
 def _blocks(flat: Tensor) -> Tensor:

@@ -8,19 +8,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zo_lightning.engine.noise.base import Drawn, Noise, constants, part_of
+from zo_lightning.engine.noise.base import Drawn, Noise, constants
 from zo_lightning.engine.noise.compiling import available
+from zo_lightning.engine.noise.dither import dither, dither_at
 from zo_lightning.engine.noise.flat import Small, compute_dtype, moved, step_flat, total_of
+from zo_lightning.engine.noise.inside import choose_into
 from zo_lightning.engine.noise.members import Listed, Members
-from zo_lightning.engine.noise.rounding import BLOCK, dither, dither_at, rounds, settle
+from zo_lightning.engine.noise.rounding import rounds, settle
 from zo_lightning.engine.seeds import stream
 
 SMALL = 1 << 15
 """Tensors of at most this many elements are done together: their noise is generated in one go."""
 PACK = 1 << 19
 """At most so many elements of noise exist at a time."""
-MASKED = 1 << 21
-"""Elements of a large masked tensor that are done together: the weights that the mask was taken from are still in cache then."""
 
 
 class Item(NamedTuple):
@@ -211,11 +211,7 @@ def large(item: Item, drawn: Drawn, noise: Noise) -> None:
     if flat(item) and available(item.base.device.type):
         base = item.base.detach().view(-1)
         out = base if item.out is item.base else item.out.detach().view(-1)
-        for at in range(0, base.numel(), base.numel() if item.mask is None else MASKED):
-            part = slice(at, None if item.mask is None else at + MASKED)
-            piece = base[part]
-            keep = None if item.mask is None else item.mask.kept(piece, at)
-            compiled(item, piece if out is base else out[part], piece, at, drawn, noise, keep)
+        compiled(item, out, base, 0, drawn, noise)
         return
     for out, base, start in _chunks(item.out, item.base, 0):
         where = [drawn.stretch(j, start, base.numel()) for j in range(drawn.terms + drawn.rounded)]
@@ -250,7 +246,7 @@ def _chunks(out: Tensor, base: Tensor, start: int) -> Iterator[tuple[Tensor, Ten
             yield out[piece], base[piece], start + at * row
 
 
-def compiled(item: Item, out: Tensor, base: Tensor, start: int, drawn: Drawn, noise: Noise, keep: Tensor | None = None) -> None:
+def compiled(item: Item, out: Tensor, base: Tensor, start: int, drawn: Drawn, noise: Noise) -> None:
     """One fused pass over flat tensors for one term; several terms are summed first, in a buffer of bounded size.
 
     `out` and `base` (which may be one object) are the part of the item that begins at element `start`, a multiple of 2**19.
@@ -259,19 +255,20 @@ def compiled(item: Item, out: Tensor, base: Tensor, start: int, drawn: Drawn, no
     if len(item.coefficients) == 1:
         c = item.coefficients[0]
         if drawn.rounded:
-            noise.add_rounded(out, base, drawn.key(0), drawn.rounding, start, constants((item.decay - 1.0, c), dtype, device), keep)
+            noise.add_rounded(out, base, drawn.key(0), drawn.rounding, start, constants((item.decay - 1.0, c), dtype, device), item.mask)
         else:
-            noise.add(out, base, drawn.key(0), start, constants((item.decay, c), dtype, device), keep)
+            noise.add(out, base, drawn.key(0), start, constants((item.decay, c), dtype, device), item.mask)
         return
     for at in range(0, base.numel(), PACK):
         part = slice(at, at + PACK)
-        piece, target, kept = base[part], out[part], part_of(keep, part)
+        piece, target = base[part], out[part]
         total = torch.zeros(piece.numel(), dtype=dtype, device=device)
         for j, c in enumerate(item.coefficients):
             noise.add(total, total, drawn.key(j), start + at, constants((1.0, c), dtype, device))
-        if not drawn.rounded:
-            target.copy_(moved(piece, item.decay, total, None, kept, fused=True))
-        else:
-            first = constants((start + at) // BLOCK, torch.int32, device)
+        if drawn.rounded:
             shrink = constants(item.decay - 1.0, dtype, device)
-            settle(target, target if out is base else piece, total, drawn.rounding, start + at, shrink, first, kept)
+            settle(target, target if out is base else piece, total, drawn.rounding, start + at, shrink, item.mask)
+        elif item.mask is None:
+            target.copy_(moved(piece, item.decay, total, None, None, fused=True))
+        else:
+            choose_into(target, piece, moved(piece, item.decay, total, None, None, fused=True), item.mask, start + at)

@@ -54,7 +54,7 @@ def _entry(mask: Members | None) -> tuple[MaskEntry, Tensor | None]:
     if isinstance(mask, Lot):
         return MaskEntry("lot", mask.seed, mask.cut), None
     if isinstance(mask, Bits):
-        return MaskEntry("bits", mask.count), mask.packed
+        return MaskEntry("bits", mask.count), mask.words
     if isinstance(mask, Listed):
         return MaskEntry("list", len(mask.index)), mask.index
     raise TypeError(f"A mask of class {type(mask).__name__} can't be written into a step log.")
@@ -105,10 +105,10 @@ def _mask(entry: MaskEntry, parameter: ParameterEntry, stored: Tensor | None) ->
     for size in parameter.shape:
         numel *= size
     bits = entry.kind == "bits"
-    if stored is None or stored.dim() != 1 or stored.dtype != (torch.uint8 if bits else torch.int64):
+    if stored is None or stored.dim() != 1 or stored.dtype != (torch.int32 if bits else torch.int64):
         raise ValueError(f"The mask of {parameter.name!r} is not in the file of the mask. Get the right file.")
     if bits:
-        fits = len(stored) == -(-numel // 8)
+        fits = len(stored) == Bits.length(numel)
     else:
         fits = len(stored) <= numel and bool((stored[1:] > stored[:-1]).all()) and bool(((stored >= 0) & (stored < numel)).all())
     if not fits:
