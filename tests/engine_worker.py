@@ -12,9 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from engine_models import Closure, mean_square, mlp, regression, snapshot
+from mask_tools import masks_of
 from torch import Tensor, nn
 
 from zo_lightning.engine import SPSA, DataParallel, ZOOptimizer
+from zo_lightning.engine.masks import Mask, Sensitive
 from zo_lightning.engine.parallel import broadcast_parameters
 
 STEPS = 6
@@ -32,6 +34,15 @@ class Case:
     at: tuple[int, int] = (2, 1)
     absent: bool = False
     dropout: float = 0.0
+    mask: Callable[[nn.Module, int], Mask] | None = None
+    """Of a model, on a rank."""
+
+
+def by_gradients(model: Any, rank: int) -> Mask:
+    """Of losses on other rows on each rank, so that each would choose other weights."""
+    x, y = regression(rows=ROWS)
+    rows = slice(rank * 3, rank * 3 + 3)
+    return Mask(Sensitive(lambda: [(model[3](torch.tanh(model[0](x[rows]))) - y[rows]).square().mean()]), 0.2, refresh=3)
 
 
 CASES = {
@@ -46,6 +57,8 @@ CASES = {
     "skipped on both ranks": Case(spoil=lambda loss: None, at=(2, -1)),
     "no batch on one rank": Case(absent=True),
     "dropout": Case(dropout=0.5),
+    "measured": Case(mask=lambda model, rank: Mask(Sensitive(steps=2), 0.2, refresh=4)),
+    "gradients of each rank": Case(mask=by_gradients),
 }
 
 
@@ -62,10 +75,10 @@ def run(case: Case, rank: int, world: int) -> dict[str, Any]:
     model = mlp(seed=10 + rank, dropout=case.dropout)
     if world > 1:
         broadcast_parameters(list(model.parameters()))
-    optimizer = ZOOptimizer(model, lr=0.1, **case.options)
+    optimizer = ZOOptimizer(model, lr=0.1, mask=None if case.mask is None else case.mask(model, rank), **case.options)
     if world > 1:
         optimizer.exchange = DataParallel()
-    started, values, masks = snapshot(model), [], []
+    started, values, masks, chosen_masks = snapshot(model), [], [], []
     model[2].register_forward_hook(lambda module, args, output: masks.append(output != 0))
     for step in range(STEPS):
         for micro_batch in range(case.micro_batches):
@@ -76,12 +89,14 @@ def run(case: Case, rank: int, world: int) -> dict[str, Any]:
             wrong = case.spoil is not None and chosen
             optimizer.estimate(spoilt(loss, case.spoil) if wrong else loss, weight=1 / case.micro_batches)
         report = optimizer.apply()
+        chosen_masks.append(masks_of(optimizer))
         values.append(None if report is None else list(report.values))
     return {
         "start": started,
         "weights": snapshot(model),
         "values": values,
         "masks": torch.stack(masks[:2]),
+        "chosen": chosen_masks,
         "counts": [optimizer.steps, optimizer.skipped_steps],
     }
 

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def test_ranks_end_with_the_same_bits_and_saw_the_same_values(case: str, results
     assert not same(first["start"], first["weights"])
 
 
-@pytest.mark.parametrize("case", ["exact", "copy", "inplace", "queries, decay and Gaussian noise", "accumulated"])
+@pytest.mark.parametrize("case", ["exact", "copy", "inplace", "queries, decay and Gaussian noise", "accumulated", "measured"])
 def test_two_processes_train_what_one_trains_on_the_whole_batch(case: str, results: Results) -> None:
     whole = run(CASES[case], 0, 1)
     assert len(whole["values"]) == STEPS
@@ -100,6 +101,19 @@ def test_ranks_have_dropout_masks_of_their_own_and_each_the_same_at_both_points(
     assert torch.equal(first[0], first[1])
     assert torch.equal(second[0], second[1])
     assert not torch.equal(first[0], second[0])
+
+
+@pytest.mark.parametrize("case", ["measured", "gradients of each rank"])
+def test_every_rank_has_the_mask_of_the_first(case: str, results: Results) -> None:
+    first, second = (rank[case]["chosen"] for rank in results)
+    assert all(same(mine, theirs) for mine, theirs in zip(first, second, strict=True))
+    alone = [run(replace(CASES[case], mask=lambda model, _, rank=rank: CASES[case].mask(model, rank)), 0, 1) for rank in range(WORLD)]  # type: ignore[misc]
+    assert same(first[0], alone[0]["chosen"][0])
+    if case == "measured":
+        assert [int(mask["0.weight"].sum()) for mask in first] == [160, 160, 32, 32, 160, 160]
+        assert same(first[2], alone[0]["chosen"][2])
+    else:
+        assert not same(first[0], alone[1]["chosen"][0])  # what rank 1 would have
 
 
 def test_without_a_process_group_there_is_an_error_that_names_a_launcher() -> None:

@@ -13,7 +13,7 @@ from lightning_models import HOST_WARNINGS, NAMES, lit, loader, loss_of, net
 
 from zo_lightning.callbacks import Run, SparseMask, TrajectoryLog, ZOCallback
 from zo_lightning.engine import StepReport, ZOOptimizer
-from zo_lightning.engine.masks import Mask, Where
+from zo_lightning.engine.masks import Mask, PrincipalWeights, Sensitive, Where
 from zo_lightning.engine.options import EngineOptions
 from zo_lightning.strategy import ZOStrategy
 
@@ -26,19 +26,20 @@ class CutError(Exception):
 
 
 class Scissors(ZOCallback):
-    """Ends the run after a number of steps, and keeps the charts."""
+    """Ends the run after a number of steps, and keeps the charts and the learning rates."""
 
     def __init__(self, after: int | None = None, mask: SparseMask | None = None) -> None:
-        self.after, self.mask, self.charts = after, mask, list[dict[str, float]]()
+        self.after, self.mask, self.charts, self.rates = after, mask, list[dict[str, float]](), list[float]()
 
     def on_zo_step(self, run: Run, report: StepReport) -> None:
         if self.mask is not None:
             self.charts.append(self.mask.metrics())
+            self.rates.append(report.lr)
         if run.optimizer.steps == self.after:
             raise CutError
 
 
-def fit(folder: Path, mask: SparseMask, *more: Any, name: str = NAMES[0], seed: int = 0) -> Any:
+def fit(folder: Path, mask: SparseMask, *more: Any, name: str = NAMES[0], seed: int = 0, path: Path | None = None) -> Any:
     torch.manual_seed(seed)
     module = lit(name)(net(), lambda m: torch.optim.SGD(m.parameters(), lr=0.01, weight_decay=0.1))
     if seed:
@@ -55,7 +56,7 @@ def fit(folder: Path, mask: SparseMask, *more: Any, name: str = NAMES[0], seed: 
         enable_checkpointing=any("ModelCheckpoint" in type(one).__name__ for one in more),
     )
     try:
-        host.fit(module, loader(shuffle=True))
+        host.fit(module, loader(shuffle=True), ckpt_path=path)
     except CutError:
         return None
     return module
@@ -86,11 +87,65 @@ def test_lightning_makes_the_engines_masked_steps(name: str, tmp_path: Path, cap
     assert printed.count("layer ") == 1
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_lightning_measures_as_the_engine_does(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    plain = net()
+    mask = Mask(Sensitive(steps=3), 0.3, refresh=7)
+    optimizer = ZOOptimizer(plain, lr=0.01, weight_decay=0.1, eps=1e-2, weights="exact", mask=mask)
+    watch = Scissors(mask=SparseMask(Sensitive(steps=3), 0.3, refresh=7))
+    module = fit(tmp_path, watch.mask, watch, name=name)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    batches, rates = loader(shuffle=True), []
+    for _ in range(2):
+        for batch in batches:
+            optimizer.step(lambda batch=batch: loss_of(plain, batch))
+            rates.append(optimizer.report.lr)  # type: ignore[union-attr]
+    assert equal(dict(module.net.state_dict()), dict(plain.state_dict()))
+    assert [rate > 0 for rate in rates] == [step % 7 > 2 for step in range(16)]
+    assert watch.rates == rates
+    made = {step: charts for step, charts in enumerate(watch.charts) if charts}
+    assert list(made) == [0, 3, 7, 10, 14]
+    assert [made[step]["zo/mask/density"] for step in (3, 10)] == [pytest.approx(0.3, abs=0.02)] * 2
+    assert "zo/mask/overlap" not in made[3]
+    assert 0 < made[10]["zo/mask/overlap"] < 1
+    printed = capsys.readouterr().err
+    assert "Mask Sensitive(losses=None, steps=3)" in printed
+    assert printed.count("layer ") == 1
+    assert "28.44%" in printed  # of the mask, not of the steps that measure
+
+
+@pytest.mark.parametrize("step", [2, 3, 8, 10])
+def test_a_checkpoint_of_steps_that_measure_goes_on(step: int, tmp_path: Path) -> None:
+    """Without a step log, what was measured is in the checkpoint alone."""
+
+    def saved() -> Any:
+        return lightning_models.lightning().callbacks.ModelCheckpoint(every_n_train_steps=1, save_top_k=-1, filename="{step}")
+
+    def mask() -> SparseMask:
+        return SparseMask(Sensitive(steps=3), 0.3, refresh=7, summary=False)
+
+    watch, again = Scissors(mask=mask()), Scissors(mask=mask())
+    whole = fit(tmp_path / "whole", watch.mask, watch, saved())  # type: ignore[arg-type]
+    path = next((tmp_path / "whole").rglob(f"step={step}.ckpt"))
+    module = fit(tmp_path / "again", again.mask, again, saved(), seed=7, path=path)  # type: ignore[arg-type]
+    assert equal(module.state_dict(), whole.state_dict())
+    assert again.charts == watch.charts[step:]
+    assert again.rates == watch.rates[step:]
+
+
+KILLED: dict[str, Any] = {
+    "small": lambda: SparseMask("small_weights", 0.3, refresh=5, summary=False),
+    "measured": lambda: SparseMask(Sensitive(steps=3), 0.3, refresh=5, summary=False),
+    "low rank": lambda: SparseMask(PrincipalWeights(2, vectors="rest"), 0.3, refresh=5, summary=False),
+}
+
+
 @pytest.mark.parametrize("cut", [4, 5, 6, 12])
 @pytest.mark.parametrize("save", [False, True])
-def test_a_run_that_is_killed_at_a_refresh_goes_on(cut: int, save: bool, tmp_path: Path) -> None:
-    def mask() -> SparseMask:
-        return SparseMask("small_weights", 0.3, refresh=5, summary=False)
+@pytest.mark.parametrize("kind", KILLED)
+def test_a_run_that_is_killed_at_a_refresh_goes_on(kind: str, cut: int, save: bool, tmp_path: Path) -> None:
+    mask = KILLED[kind]
 
     def more() -> list[Any]:
         kind = lightning_models.lightning().callbacks.ModelCheckpoint

@@ -215,8 +215,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         )
         if not finite:
             self.residency.restore()
-        self.masks.measure(terms, [group.eps for group in settings])
         self._record(plan, StepRecord(self.steps, tuple(values), tuple(settings), not finite, max(1, window.micro_batches)), window)
+        self.masks.measure(terms, [group.eps for group in settings])
         if finite:
             self.residency.update(change)
         self.residency.ended()
@@ -296,7 +296,7 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     def _settings(self, window: Window, plan: StepRecord | None) -> list[GroupSettings]:
         own = [
-            GroupSettings(0.0 if self.masks.measuring else self._lr(g), e, float(g["weight_decay"]))
+            GroupSettings(0.0 if self.masks.measures(self.steps) else self._lr(g), e, float(g["weight_decay"]))
             for g, e in zip(self.param_groups, self._eps_of(window), strict=True)
         ]
         if plan is None:

@@ -69,10 +69,12 @@ class Sensitive(ByLayer):
 
 def _squares(losses: Callable[[], Iterable[Tensor]], layers: Sequence[Layer]) -> dict[int, Tensor]:
     """sum_b (dL_b / dtheta)^2 of each layer, by its key."""
+    if not layers:
+        return {}
     tensors = [layer.tensor for layer in layers]
-    squares = [torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device) for tensor in tensors]
     batches = 0
     with host_state({tensor.device for tensor in tensors}), torch.inference_mode(False), torch.enable_grad():
+        squares = [torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device) for tensor in tensors]
         for loss in losses():
             if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
                 raise ValueError(f"Sensitive: losses() gave {_described(loss)}; it must give scalar tensors that can be differentiated.")
@@ -134,7 +136,7 @@ class PrincipalWeights(MaskRule):
         least = min(matrix.shape)
         if self.rank >= least:
             return matrix
-        with host_state({matrix.device}) as state:
+        with host_state({matrix.device}) as state, torch.autocast(matrix.device.type, enabled=False):
             state.seed(draw.random(layer.name).getrandbits(63))
             u, s, v = torch.svd_lowrank(matrix, q=min(least, self.rank + 8), niter=2)
-        return (u[:, : self.rank] * s[: self.rank]) @ v[:, : self.rank].t()
+            return (u[:, : self.rank] * s[: self.rank]) @ v[:, : self.rank].t()

@@ -52,9 +52,13 @@ class Masks:
         """Whether the steps with the mask at hand measure for the next one, and move nothing (`MaskRule.measures`)."""
         return self.mask is not None and self.number is not None and self.mask.measuring(self.number)
 
+    def measures(self, step: int) -> bool:
+        """Whether a step measures, also one that has not begun."""
+        return self.mask is not None and self.mask.measuring(self.mask.number(step))
+
     def measure(self, terms: Sequence[Term], scales: Sequence[float]) -> None:
-        """A step's terms, for the perturbation scale of each group; kept as long as the steps measure."""
-        if self.measuring:
+        """A step's terms, for the perturbation scale of each group, where steps measure; a skipped step has none."""
+        if self.measuring and terms:
             steps = tuple((1.0, tuple(term.slope / eps for term in terms)) for eps in scales)
             self._measured.append(Change(tuple(term.seed for term in terms), steps, None))
 
@@ -104,27 +108,32 @@ class Masks:
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers and small tensors; bits and lists as they are."""
-        chosen = None if self.chosen is None else {key: encode(mask) for key, mask in self.chosen.items()}
+        chosen, last = (None if some is None else {key: encode(mask) for key, mask in some.items()} for some in (self.chosen, self._last))
         measured = [(list(change.seeds), [list(own) for _, own in change.steps]) for change in self._measured]
-        return {"number": self.number, "among": sorted(self._among), "chosen": chosen, "measured": measured}
+        return {"number": self.number, "among": sorted(self._among), "chosen": chosen, "last": last, "measured": measured}
 
     def load_state_dict(self, state: dict[str, Any], device_of: dict[int, torch.device]) -> None:
         """Take over what `state_dict` returned."""
         if self.mask is None:
             return
-        chosen, cpu = state["chosen"], torch.device("cpu")
+        cpu = torch.device("cpu")
         self.number, self._among = state["number"], frozenset(state["among"])
         self._measured = [Change(tuple(seeds), tuple((1.0, tuple(own)) for own in steps), None) for seeds, steps in state["measured"]]
-        self.chosen = None if chosen is None else {key: decode(mask, device_of.get(key, cpu)) for key, mask in chosen.items()}
+        self.chosen, self._last = (
+            None if some is None else {key: decode(mask, device_of.get(key, cpu)) for key, mask in some.items()}
+            for some in (state["chosen"], state["last"])
+        )
 
 
 def _mean(layer: Layer, measured: Sequence[Change], noise: Noise) -> Tensor:
-    """1/n sum_j g_j z_j of a layer over the steps that measured: float32, flat."""
-    if not measured:
-        raise ValueError(f"No step has measured a gradient of {layer.name!r}: all losses since the mask was due were not finite.")
+    """1/n sum_j g_j z_j of a layer over the steps that measured, of those since its group came: float32, flat."""
+    own = [change for change in measured if layer.group < len(change.steps)]
+    if not own:
+        why = "its group was added later" if measured else "all losses since the mask was due were not finite"
+        raise ValueError(f"No step has measured a gradient of {layer.name!r}: {why}.")
     total = torch.zeros(layer.tensor.numel(), device=layer.tensor.device)
-    apply_changes([layer._replace(tensor=total)], measured, noise)
-    return total.div_(len(measured))
+    apply_changes([layer._replace(tensor=total)], own, noise)
+    return total.div_(len(own))
 
 
 def encode(mask: Members | None) -> dict[str, Any] | None:

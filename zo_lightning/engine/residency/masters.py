@@ -57,10 +57,10 @@ class Masters:
         for tensor, master in self._waiting:
             tensor.copy_(master)
 
-    def cover(self, trained: Sequence[Trained]) -> bool:
-        """Whether every 16-bit vector has a master of its own value."""
+    def cover(self, trained: Sequence[Trained], whole: bool = False) -> bool:
+        """Whether every 16-bit vector has a master of its own value; `whole`: those without one never moved, and need none."""
         return all(
-            p.key in self._kept and torch.equal(self._kept[p.key].to(p.tensor.dtype), p.tensor.detach())
+            torch.equal(self._kept[p.key].to(p.tensor.dtype), p.tensor.detach()) if p.key in self._kept else whole
             for p in trained
             if has_master(p.tensor) and p.tensor.numel()
         )

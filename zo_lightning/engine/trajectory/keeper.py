@@ -125,7 +125,7 @@ class Trajectory(Journal):
             return problem
         inplace = optimizer.residency.name == "inplace"
         begins = any(segment.step == step for segment in log.segments)
-        if not begins and not inplace and not optimizer.masters.cover(optimizer.residency.trained):
+        if not begins and not inplace and not optimizer.masters.cover(optimizer.residency.trained, whole=optimizer.forward_passes > 0):
             return "the checkpoint came without the optimizer's state, which has the float32 values of 16-bit vectors"
         if not self._stands(optimizer, log):
             return f"the weights are not those of that run after {step} steps, and it has no file of them"
