@@ -87,7 +87,7 @@ class Exact(OnScratch):
 
     @contextmanager
     def session(self) -> Iterator[None]:
-        with ExitStack() as attached:
+        with super().session(), ExitStack() as attached:
             attached.callback(self._close_all)
             for module, enter, leave in self._hooks:
                 plain = module._compiled_call_impl
@@ -113,8 +113,8 @@ class Exact(OnScratch):
             self.materialized = 0
             self._entries.clear()
             whole.callback(self._kept.clear)
+            whole.enter_context(self._swapped(point, eps))
             if point is not None:
-                whole.enter_context(self._swapped(point, eps))
                 self._prepare(whole, point, eps)
             for unit in self.units:
                 if unit.module is None:

@@ -31,6 +31,7 @@ class OnScratch(Residency):
         self._ready: dict[int, Tensor] = {}
         """Perturbed weights that were written before any module asked for them."""
         self._swap: Swap | None = None
+        self._in_session = False
         self._settled = False
         self.materialized = 0
         """How many units the last evaluation had on scratch: 0 means that no perturbation reached the model."""
@@ -54,13 +55,14 @@ class OnScratch(Residency):
             for p, bases, _ in away.values():
                 _point(p, bases)
             swap, self._swap = self._swap, None
+            displaced = swap is not None and swap.away
             if swap is not None:
                 swap.home()
             try:
                 yield
             finally:
-                if swap is not None:
-                    swap.back()
+                if swap is not None and displaced:
+                    swap.leave()
                 self._swap = swap
                 for p, _, out in away.values():
                     _point(p, [out] * len(p.aliases))
@@ -87,26 +89,40 @@ class OnScratch(Residency):
         return [p for p in parameters if self.masks.trains(p.key) and not isinstance(self.masks.of(p.key), Listed)]
 
     @contextmanager
-    def _swapped(self, point: Displacement, eps: Sequence[float]) -> Iterator[None]:
-        """Inside it, listed elements are displaced in the weights themselves, wherever these are read."""
-        listed = [(p, mask) for p in self.trained if isinstance(mask := self.masks.of(p.key), Listed)]
+    def session(self) -> Iterator[None]:
+        within, self._in_session = self._in_session, True
+        try:
+            yield
+        finally:
+            self._in_session = within
+            self._go_home()
+
+    @contextmanager
+    def _swapped(self, point: Displacement | None, eps: Sequence[float]) -> Iterator[None]:
+        """Inside it, listed elements are displaced in the weights themselves, wherever these are read; in a session they stay so until the
+        next point.
+        """
+        listed = [(p, mask) for p in self.trained if isinstance(mask := self.masks.of(p.key), Listed)] if point else []
         if not listed or not point:
+            self._go_home()
             yield
             return
-        with _without_modes():
-            swap = Swap(listed)
         try:
-            with held():
-                self._swap = swap
-                self._write([p for p, _ in listed], None, point, eps)
-                with _without_modes():
-                    swap.displaced()
+            with held(), _without_modes():
+                self._swap = self._swap or Swap(listed)
+                sweep(self._swap.items(point, eps), [seed for seed, _ in point], self.noise, rounding=point[0][0])
+                self._swap.leave()
             self.materialized += 1
             yield
         finally:
-            with held(), _without_modes():
+            if not self._in_session:
+                self._go_home()
+
+    def _go_home(self) -> None:
+        with held(), _without_modes():
+            swap, self._swap = self._swap, None
+            if swap is not None:
                 swap.home()
-                self._swap = None
 
     def _write(
         self, todo: Sequence[Trained], outs: Sequence[Tensor] | None, point: Displacement, eps: Sequence[float], rows: Tensor | None = None
