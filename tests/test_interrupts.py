@@ -11,15 +11,19 @@ from test_signals import Handler, at_every_line, during_sweep, press, raising, u
 from torch import nn
 
 from zo_lightning.engine import ZOOptimizer
+from zo_lightning.engine.masks import Mask, Where
 
 EVERY = 7
 """Ctrl-C comes at every so many lines of the engine; with 1 the test takes a minute and passes as well."""
 
 
-def interrupted(weights: str, method: str, line: int) -> tuple[nn.Module, int, bool]:
+LISTS = Mask(Where(lambda name, tensor: torch.arange(tensor.numel()).view(tensor.shape) == 1))
+
+
+def interrupted(weights: str, method: str, line: int, mask: Mask | None = None) -> tuple[nn.Module, int, bool]:
     """(model, lines of the engine that ran, whether Ctrl-C ended it) for a second step that is interrupted at a line of it."""
     model, passed = mlp(), 0
-    optimizer = ZOOptimizer(model, lr=0.1, weights=weights)
+    optimizer = ZOOptimizer(model, lr=0.1, weights=weights, mask=mask)
     optimizer.step(mean_square(model, regression()))
 
     def action() -> None:
@@ -36,16 +40,20 @@ def interrupted(weights: str, method: str, line: int) -> tuple[nn.Module, int, b
     return model, passed, False
 
 
+@pytest.mark.parametrize("mask", [None, LISTS], ids=["dense", "lists"])
 @pytest.mark.parametrize("method", ["step", "estimate"])
 @pytest.mark.parametrize("weights", RESIDENCIES)
-def test_ctrl_c_at_any_line_leaves_the_weights_of_before_or_after_the_step(weights: str, method: str) -> None:
+def test_ctrl_c_at_any_line_leaves_the_weights_of_before_or_after_the_step(
+    weights: str, method: str, mask: Mask | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zo_lightning.engine.masks.rules.LIST_BELOW", 0.5)
     begun = mlp()
-    ZOOptimizer(begun, lr=0.1, weights=weights).step(mean_square(begun, regression()))
-    interrupted(weights, method, -1)  # what is made once in a process
-    final, lines, _ = interrupted(weights, method, -1)
+    ZOOptimizer(begun, lr=0.1, weights=weights, mask=mask).step(mean_square(begun, regression()))
+    interrupted(weights, method, -1, mask)  # what is made once in a process
+    final, lines, _ = interrupted(weights, method, -1, mask)
     assert lines > 500
     for line in range(1, lines, EVERY):
-        model, _, ended = interrupted(weights, method, line)
+        model, _, ended = interrupted(weights, method, line, mask)
         state = snapshot(model)
         assert ended, line
         assert min(distance(state, snapshot(begun)), distance(state, snapshot(final))) <= 1e-15, line

@@ -27,7 +27,7 @@ class Item(NamedTuple):
     """One tensor of a sweep: where the result goes (may be `base` itself), the weights, the parameter's key, its scalars.
 
     With `rows` (int64, repetitions allowed), only these rows of a matrix need to be written; the others of a large one are not. With
-    a `mask`, elements outside of it become `base`, undecayed. With `index` (int64), `out` and `base` hold these elements of the parameter
+    a `mask`, elements outside of it become `base`, undecayed. With `places` (int64), `out` and `base` hold these elements of the parameter
     alone, one-dimensional.
     """
 
@@ -38,7 +38,7 @@ class Item(NamedTuple):
     coefficients: tuple[float, ...]
     rows: Tensor | None = None
     mask: Members | None = None
-    index: Tensor | None = None
+    places: Tensor | None = None
 
 
 @torch.no_grad()
@@ -80,7 +80,7 @@ def _sweep_device(items: list[Item], keys: list[list[Drawn]], noise: Noise, devi
     fused = any(item.base.numel() > SMALL for item in items) and available(device.type)
     for item, drawn in zip(items, keys[0], strict=True):
         numel = item.base.numel()
-        if item.index is not None or isinstance(item.mask, Listed):
+        if item.places is not None or isinstance(item.mask, Listed):
             listed.setdefault(item.base.dtype, []).append((item, drawn))
             continue
         if numel <= SMALL:
@@ -181,8 +181,8 @@ def elements(listed: Sequence[tuple[Item, Drawn]], noise: Noise) -> None:
     if not listed:
         return
     items, drawn = [item for item, _ in listed], [own for _, own in listed]
-    indices = [item.index if item.index is not None else item.mask.index for item in items]  # type: ignore[union-attr]
-    bases = [item.base if item.index is not None else take(item.base, index) for item, index in zip(items, indices, strict=True)]
+    indices = [item.places if item.places is not None else item.mask.index for item in items]  # type: ignore[union-attr]
+    bases = [item.base if item.places is not None else take(item.base, index) for item, index in zip(items, indices, strict=True)]
     small, index = Small(bases), torch.cat(indices).long()
     rows = torch.tensor([own.row for own in drawn], device=small.device).repeat_interleave(torch.tensor(small.lengths, device=small.device))
     keys = [drawn[0].table[rows + j].t() for j in range(drawn[0].terms + drawn[0].rounded)]
@@ -192,7 +192,7 @@ def elements(listed: Sequence[tuple[Item, Drawn]], noise: Noise) -> None:
     dithered = dither_at(index, keys[-1]) if drawn[0].rounded else None
     result = moved(base, small.spread([item.decay for item in items]), total, dithered, None, available(small.device.type))
     for item, own, piece in zip(items, indices, result.split(small.lengths), strict=True):
-        if item.index is not None:
+        if item.places is not None:
             item.out.copy_(piece)
             continue
         if item.out is not item.base:

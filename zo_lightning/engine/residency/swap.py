@@ -29,7 +29,7 @@ class Swap:
     def items(self, point: Displacement, eps: Sequence[float]) -> list[Item]:
         """What computes the displaced values, without touching the weights."""
         return [
-            Item(out, base, p.key, 1.0, tuple(multiple * eps[p.group] for _, multiple in point), index=mask.index)
+            Item(out, base, p.key, 1.0, tuple(multiple * eps[p.group] for _, multiple in point), places=mask.index)
             for (p, mask), base, out in zip(self._parameters, self._base, self._displaced, strict=True)
         ]
 
