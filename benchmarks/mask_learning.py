@@ -6,7 +6,7 @@ python benchmarks/mask_learning.py --rules dense --factors 1 --steps 20 --every 
 
 MiniLM on docstring topics, batch 64, eps 1e-2, lr decaying linearly to 0. The grid is lr = 2e-4 f / sqrt(share of the weights that is
 trained) for f in --factors; dense has share 1. Held-out accuracy is looked at every --every steps. A run whose accuracy falls below 30 % is
-given up.
+given up. Runs that the JSON file has are kept and not made again, so that grids can be widened.
 """
 
 from __future__ import annotations
@@ -154,12 +154,15 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     jobs = [Job(rule, f, seed, options.steps, options.every) for seed in options.seeds for rule in options.rules for f in factors[rule]]
     chosen = {key: value for key, value in vars(options).items() if key not in ("json", "best")}
     result: dict[str, Any] = {"environment": environment("cpu"), "options": chosen, "runs": []}
+    if options.json is not None and options.json.exists():
+        result["runs"] = json.loads(options.json.read_text())["runs"]
+    known = {tuple(run[name] for name in Job._fields) for run in result["runs"]}
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(learn, job) for job in jobs]):
+        for done in as_completed([pool.submit(learn, job) for job in jobs if job not in known]):
             result["runs"].append(done.result())
             print(result["runs"][-1], flush=True)
-            result["summary"] = summary(result["runs"])
-            write(options.json, result)
+            write(options.json, {**result, "summary": summary(result["runs"])})
+    result["summary"] = summary(result["runs"])
     for row in result["summary"]:
         to = "-" if row["steps_to_dense"] is None else row["steps_to_dense"]
         print(f"{row['rule']:36} {row['share']:8.3%}  lr {row['lr']:.1e}  {row['accuracy']:6.1%}  steps to dense's accuracy: {to}")
