@@ -11,6 +11,7 @@ from engine_models import Closure, Spy, next_token, same, sequence_model, snapsh
 from torch import Tensor, nn
 
 from zo_lightning.engine import ZOOptimizer
+from zo_lightning.engine.masks import Mask, Where
 from zo_lightning.engine.residency import Exact
 from zo_lightning.engine.residency.scratch import OnScratch
 from zo_lightning.engine.residency.turns import Turns
@@ -18,17 +19,28 @@ from zo_lightning.engine.residency.turns import Turns
 ON_SCRATCH = ("exact", "copy")
 
 
-def trained(weights: str, lr: float = 0.0) -> tuple[nn.Module, Closure, ZOOptimizer, OnScratch]:
+def third(name: str, tensor: Tensor) -> Tensor:
+    return (torch.arange(tensor.numel()) % 3 == 1).view(tensor.shape)
+
+
+@pytest.fixture(params=[None, Mask(Where(third))], ids=["dense", "lists"])
+def mask(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Mask | None:
+    monkeypatch.setattr("zo_lightning.engine.masks.rules.LIST_BELOW", 0.5)
+    found: Mask | None = request.param
+    return found
+
+
+def trained(weights: str, lr: float = 0.0, mask: Mask | None = None) -> tuple[nn.Module, Closure, ZOOptimizer, OnScratch]:
     model = sequence_model("tied head")
-    optimizer = ZOOptimizer(model, lr=lr, eps=0.1, weights=weights)
+    optimizer = ZOOptimizer(model, lr=lr, eps=0.1, weights=weights, mask=mask)
     residency = optimizer.residency
     assert isinstance(residency, OnScratch)
     return model, next_token(model), optimizer, residency
 
 
 @pytest.mark.parametrize("weights", ON_SCRATCH)
-def test_threads_that_read_all_the_time_see_base_weights_alone(weights: str) -> None:
-    model, loss, optimizer, residency = trained(weights)
+def test_threads_that_read_all_the_time_see_base_weights_alone(weights: str, mask: Mask | None) -> None:
+    model, loss, optimizer, residency = trained(weights, mask=mask)
     before, stop = snapshot(model), threading.Event()
 
     def hammer() -> list[bool]:
@@ -80,10 +92,10 @@ def test_a_reader_waits_for_the_evaluation_to_end(weights: str) -> None:
 
 
 @pytest.mark.parametrize("weights", ON_SCRATCH)
-def test_the_evaluating_thread_itself_finds_base_weights_and_goes_on_with_the_perturbed_ones(weights: str) -> None:
+def test_the_evaluating_thread_itself_finds_base_weights_and_goes_on_with_the_perturbed_ones(weights: str, mask: Mask | None) -> None:
     values = []
     for look in (False, True):
-        model, loss, optimizer, residency = trained(weights, lr=0.01)
+        model, loss, optimizer, residency = trained(weights, lr=0.01, mask=mask)
         backs, spy = [], Spy(model)
 
         def inside(*args: object, residency: OnScratch = residency, backs: list[bool] = backs, spy: Spy = spy) -> None:

@@ -12,13 +12,17 @@ from zo_lightning.engine import ZOOptimizer
 from zo_lightning.engine.masks import LargeWeights, Mask, MaskRule, SmallWeights
 
 
+@pytest.mark.parametrize("listed", [False, True], ids=["in the kernel", "lists"])
 @pytest.mark.parametrize("weights", RESIDENCIES)
 @pytest.mark.parametrize("refresh", [None, 2])
 @pytest.mark.parametrize("rule", [SmallWeights(), LargeWeights()], ids=lambda rule: rule.name)
 @pytest.mark.parametrize("name", TASKS)
-def test_a_masked_step_is_the_reference_with_whole_masks(name: str, rule: MaskRule, refresh: int | None, weights: str) -> None:
+def test_a_masked_step_is_the_reference_with_whole_masks(
+    name: str, rule: MaskRule, refresh: int | None, weights: str, listed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zo_lightning.engine.masks.rules.LIST_BELOW", 0.5 if listed else 0.0)
     model, loss = task(name)
-    reference = BySize(0.25, isinstance(rule, LargeWeights), refresh)
+    reference = BySize(0.25, isinstance(rule, LargeWeights), refresh, listed)
     expected, losses = by_hand(model, TASKS[name][1], Settings(0.01, weight_decay=0.1, mask=reference), steps=STEPS + 2)
     before = snapshot(model)
     optimizer = ZOOptimizer(model, lr=0.01, weight_decay=0.1, weights=weights, mask=Mask(rule, 0.25, refresh=refresh))

@@ -30,13 +30,16 @@ def by_size(theta: Tensor, count: int, largest: bool) -> Callable[[Tensor], Tens
 
 
 class BySize:
-    """SmallWeights and LargeWeights: thresholds at every `refresh` steps, membership at every step."""
+    """SmallWeights and LargeWeights: thresholds at every `refresh` steps; membership at every step, or with them (`listed`)."""
 
-    def __init__(self, density: float, largest: bool = False, refresh: int | None = None) -> None:
-        self.density, self.largest, self.refresh = density, largest, refresh
+    def __init__(self, density: float, largest: bool = False, refresh: int | None = None, listed: bool = False) -> None:
+        self.density, self.largest, self.refresh, self.listed = density, largest, refresh, listed
         self.masks: dict[str, Callable[[Tensor], Tensor]] = {}
 
     def __call__(self, step: int, theta: Weights) -> Weights:
         if not self.masks or (self.refresh and step % self.refresh == 0):
             self.masks = {name: by_size(w, round(self.density * w.numel()), self.largest) for name, w in theta.items()}
+            if self.listed:
+                fixed = {name: mask(theta[name]) for name, mask in self.masks.items()}
+                self.masks = {name: lambda later, mask=mask: mask for name, mask in fixed.items()}  # type: ignore[misc]
         return {name: self.masks[name](w).to(w.dtype) for name, w in theta.items()}

@@ -95,7 +95,8 @@ class OnScratch(Residency):
             yield
         finally:
             self._in_session = within
-            self._go_home()
+            with self._turns.turn():  # a reader that has it will displace the weights again
+                self._go_home()
 
     @contextmanager
     def _swapped(self, point: Displacement | None, eps: Sequence[float]) -> Iterator[None]:
