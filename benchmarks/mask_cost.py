@@ -1,4 +1,4 @@
-"""What a masked step costs beside the dense one and two forward passes, in one run on the same work.
+"""What a masked step costs beside the dense one and two forward passes, in one run on the same work: time, and memory.
 
 python benchmarks/mask_cost.py --json benchmarks/results/mask_cost_exact.json
 python benchmarks/mask_cost.py --weights inplace
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import environment, write
+from measure import environment, peak_bytes, write
 from transformers import OPTConfig, OPTForCausalLM
 
 from zo_lightning.engine import ZOOptimizer
@@ -30,7 +30,10 @@ MASKS: dict[str, Mask | None] = {
 
 
 def measure(weights: str, batch: int, length: int, rounds: int) -> list[dict[str, Any]]:
-    """Medians in ms, and over the dense step and two forward passes; the kinds of step take turns."""
+    """Medians in ms, and over the dense step and two forward passes; the kinds of step take turns.
+
+    Also what masks keep between steps in bits a weight, and the peak tensor memory of a step in MB.
+    """
     torch.manual_seed(0)
     model = OPTForCausalLM(OPTConfig(dropout=0.0, attention_dropout=0.0)).eval()
     ids = torch.randint(0, 50000, (batch, length))
@@ -45,8 +48,9 @@ def measure(weights: str, batch: int, length: int, rounds: int) -> list[dict[str
             loss()
 
     steps: dict[str, Callable[[], object]] = {"two forwards": forwards}
+    optimizers: dict[str, ZOOptimizer] = {}
     for name, mask in MASKS.items():
-        optimizer = ZOOptimizer(model, lr=1e-9, weights=weights, mask=mask, safeguard=None)
+        optimizer = optimizers[name] = ZOOptimizer(model, lr=1e-9, weights=weights, mask=mask, safeguard=None)
         steps[name] = lambda optimizer=optimizer: optimizer.step(loss)  # type: ignore[misc]
     times: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(rounds + 1):
@@ -56,10 +60,26 @@ def measure(weights: str, batch: int, length: int, rounds: int) -> list[dict[str
             if index:  # the first round compiles
                 times[name].append(time.perf_counter() - began)
     median = {name: statistics.median(row) for name, row in times.items()}
+    count = sum(parameter.numel() for parameter in model.parameters())
     return [
-        {"step": name, "ms": 1e3 * value, "over_dense": value / median["dense"], "over_two_forwards": value / median["two forwards"]}
+        {
+            "step": name,
+            "ms": 1e3 * value,
+            "over_dense": value / median["dense"],
+            "over_two_forwards": value / median["two forwards"],
+            "kept_bits_per_weight": 8 * _kept(optimizers[name]) / count if name in optimizers else 0.0,
+            "peak_mb": peak_bytes(steps[name], "cpu")[0] / 1e6,
+        }
         for name, value in median.items()
     ]
+
+
+def _kept(optimizer: ZOOptimizer) -> int:
+    """Bytes of the tensors that a mask keeps between steps."""
+    chosen = optimizer.masks.chosen or {}
+    return sum(
+        value.nbytes for mask in chosen.values() if mask is not None for value in vars(mask).values() if isinstance(value, torch.Tensor)
+    )
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -73,7 +93,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(arguments)
     rows = measure(options.weights, options.batch, options.length, options.rounds)
     for row in rows:
-        print(f"{row['step']:30} {row['ms']:8.0f} ms   over dense {row['over_dense']:5.3f}  over forwards {row['over_two_forwards']:5.3f}")
+        times = f"{row['ms']:8.0f} ms   over dense {row['over_dense']:5.3f}  over forwards {row['over_two_forwards']:5.3f}"
+        print(f"{row['step']:30} {times}   keeps {row['kept_bits_per_weight']:5.3f} bits a weight   peak {row['peak_mb']:6.1f} MB")
     chosen = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items() if name != "json"}
     result = {"environment": environment("cpu"), "options": chosen, "rows": rows}
     if options.json is not None:
