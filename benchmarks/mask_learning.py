@@ -36,7 +36,8 @@ LR, GIVEN_UP = 2e-4, 0.3
 Losses = Callable[[], Iterator[Tensor]]
 
 
-def _vectors(name: str, tensor: Tensor) -> bool:
+def vectors(name: str, tensor: Tensor) -> bool:
+    """Biases and norms."""
     return tensor.dim() < 2
 
 
@@ -56,7 +57,7 @@ MASKS: dict[str, Callable[[Losses], Mask | None]] = {
     "layer_sampling 2 of 6, refresh 50": lambda losses: Mask(LayerSampling(2), refresh=50),
     "blockwise, refresh 10": lambda losses: Mask(Blockwise(), refresh=10),
     "structured 25 %, columns of heads": lambda losses: Mask(Structured("columns", 32), 0.25, exclude="*token_type*"),
-    "vectors": lambda losses: Mask(Where(_vectors)),
+    "vectors": lambda losses: Mask(Where(vectors)),
 }
 
 
