@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from zo_lightning.engine.messages import check_count
+
 Displacement = tuple[tuple[int, float], ...]
 """A point theta + sum_j m_j eps z(s_j), as pairs (seed s_j, multiple m_j of eps); eps is that of each parameter group."""
 
@@ -51,8 +53,7 @@ class SPSA(Estimator):
     name = "spsa"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.queries, int) or isinstance(self.queries, bool) or self.queries < 1:
-            raise ValueError(f"Invalid queries: {self.queries!r}. Must be an integer >= 1 (the number of perturbations a step).")
+        check_count("queries", self.queries, "the number of perturbations a step")
 
     def points(self, seeds: Callable[[int], int]) -> list[Displacement]:
         drawn = [seeds(i) for i in range(self.queries)]

@@ -41,3 +41,9 @@ def check_number(name: str, value: Any, allowed: str, good: Any) -> None:
         number = math.nan
     if isinstance(value, (bool, str, bytes)) or not math.isfinite(number) or not good(number):
         raise ValueError(f"Invalid {name}: {value!r}. Must be a finite number {allowed}.")
+
+
+def check_count(name: str, value: Any, meaning: str = "", least: int = 1) -> None:
+    """Raise ValueError unless `value` is an integer of at least `least`; `meaning` says what it counts."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"Invalid {name}: {value!r}. Must be an integer >= {least}{meaning and f' ({meaning})'}.")

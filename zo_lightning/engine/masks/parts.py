@@ -11,6 +11,7 @@ from torch import Tensor
 
 from zo_lightning.engine.masks.rules import Chosen, Draw, Layer, MaskRule, listed
 from zo_lightning.engine.masks.select import top
+from zo_lightning.engine.messages import check_count
 from zo_lightning.engine.noise.members import Bits, Members
 
 OUTLIER = 5.0
@@ -72,8 +73,7 @@ class LayerSampling(MaskRule):
     has_density = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.layers, int) or isinstance(self.layers, bool) or self.layers < 1:
-            raise ValueError(f"Invalid layers: {self.layers!r}. Must be an integer >= 1 (blocks that are trained at a time).")
+        check_count("layers", self.layers, "blocks that are trained at a time")
         if self.by not in ("uniform", "outliers"):
             raise ValueError(f"Invalid by: {self.by!r}. Must be 'uniform' or 'outliers', or give weights=.")
         if self.weights is not None:
@@ -127,8 +127,7 @@ class Blockwise(MaskRule):
     has_density = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.blocks, int) or isinstance(self.blocks, bool) or self.blocks < 1:
-            raise ValueError(f"Invalid blocks: {self.blocks!r}. Must be an integer >= 1 (blocks that are trained at a time).")
+        check_count("blocks", self.blocks, "blocks that are trained at a time")
 
     def choose(self, layers: Sequence[Layer], counts: Mapping[int, int], draw: Draw) -> Chosen:
         parts = list(blocks_of(layers).values())
@@ -159,8 +158,7 @@ class Structured(MaskRule):
             raise ValueError(f"Invalid axis: {self.axis!r}. Must be 'rows' or 'columns'.")
         if self.by not in ("random", "large", "small"):
             raise ValueError(f"Invalid by: {self.by!r}. Must be 'random', 'large' or 'small'.")
-        if not isinstance(self.group, int) or isinstance(self.group, bool) or self.group < 1:
-            raise ValueError(f"Invalid group: {self.group!r}. Must be an integer >= 1 (the size of a head, or 1).")
+        check_count("group", self.group, "the size of a head, or 1")
 
     def choose(self, layers: Sequence[Layer], counts: Mapping[int, int], draw: Draw) -> Chosen:
         chosen: Chosen = {}

@@ -11,7 +11,7 @@ from zo_lightning.engine.masks.parts import Blockwise, HalfLayers, LayerSampling
 from zo_lightning.engine.masks.rules import Chosen, Draw, LargeWeights, Layer, MaskRule, NofM, Random, SmallWeights
 from zo_lightning.engine.masks.scored import PrincipalWeights, Sensitive
 from zo_lightning.engine.masks.select import counts_of_all
-from zo_lightning.engine.messages import check_number, choose
+from zo_lightning.engine.messages import check_count, check_number, choose
 
 _BY_WEIGHT = (SmallWeights, LargeWeights, Random, NofM, Sensitive, PrincipalWeights)
 RULES: dict[str, object] = {kind.name: kind for kind in (*_BY_WEIGHT, HalfLayers, LayerSampling, Blockwise, Structured, Where)}
@@ -69,8 +69,8 @@ class Mask:
         self._check_density()
         for option in ("refresh", "until"):
             value = getattr(self, option)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"Invalid {option}: {value!r}. Must be an integer >= 1 (steps), or None.")
+            if value is not None:
+                check_count(option, value, "steps; None does without")
         if self.until is not None and self.refresh is None:
             raise ValueError(f"until={self.until} does nothing without refresh=.")
         self._check_measuring()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from zo_lightning.engine.masks.select import band, lot
+from zo_lightning.engine.messages import check_count
 from zo_lightning.engine.noise.members import Bits, Listed, Members
 
 LIST_BELOW = 0.02
@@ -159,9 +160,8 @@ class NofM(MaskRule):
     has_density = False
 
     def __post_init__(self) -> None:
-        for option, value in (("n", self.n), ("m", self.m)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"Invalid {option}: {value!r}. Must be an integer >= 1.")
+        check_count("n", self.n)
+        check_count("m", self.m)
         if self.n > self.m:
             raise ValueError(f"Invalid n: {self.n}. Must be at most m={self.m}.")
 

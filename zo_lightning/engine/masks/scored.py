@@ -11,6 +11,7 @@ from torch import Tensor
 
 from zo_lightning.engine.masks.rules import ByLayer, Chosen, Draw, Layer, MaskRule, listed
 from zo_lightning.engine.masks.select import band
+from zo_lightning.engine.messages import check_count
 from zo_lightning.engine.noise.members import Bits, Listed, Members
 from zo_lightning.engine.randomness import host_state
 
@@ -50,8 +51,7 @@ class Sensitive(ByLayer):
     def __post_init__(self) -> None:
         if self.losses is not None and not callable(self.losses):
             raise ValueError(f"Invalid losses: {self.losses!r}. Must be a function that returns a few differentiable losses, or None.")
-        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
-            raise ValueError(f"Invalid steps: {self.steps!r}. Must be an integer >= 1 (steps that estimate the gradient).")
+        check_count("steps", self.steps, "steps that estimate the gradient")
 
     @property
     def measures(self) -> int:
@@ -110,8 +110,7 @@ class PrincipalWeights(MaskRule):
     reproducible = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            raise ValueError(f"Invalid rank: {self.rank!r}. Must be an integer >= 1.")
+        check_count("rank", self.rank)
         if self.vectors not in ("refuse", "rest"):
             raise ValueError(f"Invalid vectors: {self.vectors!r}. Must be 'refuse' or 'rest' (they are not trained).")
 
