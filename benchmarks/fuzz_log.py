@@ -4,7 +4,8 @@ python benchmarks/fuzz_log.py --count 100000
 
 Half of the mutations damage the bytes as they are; a log may then only be refused, or lose records at its end and say so, an export may
 only be refused. The other half also get right checksums, as somebody would send them who means harm: what is then accepted must be
-exactly what the library itself would have written. Exit code 1 where anything else happened.
+exactly what the library itself would have written. Of masked runs the files of the masks are damaged and forged, too, and the runs are
+replayed (fuzz_masks.py). Exit code 1 where anything else happened.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import math
 import random
 import resource
+import shutil
 import signal
 import struct
 import sys
@@ -28,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from fuzz_masks import fuzz_masks, made_up
 
 from zo_lightning.engine.trajectory import Checkpoint, End, LogError, LogWriter, Mark, ParameterEntry, Segment, Settings, StepRecord
 from zo_lightning.engine.trajectory import columns as layout
@@ -82,11 +85,13 @@ def log_bytes(residency: str, rng: random.Random) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "log"
         with LogWriter.create(path, segment(0, residency, rng)) as writer:
+            writer.append(made_up(0, False, rng))
             for record in steps(0, 5, residency, rng):
                 writer.append(record)
             writer.append(Mark(5, FINGERPRINT))
             writer.append(Checkpoint(5, "checkpoint-5", "hf"))
             writer.append(segment(5, residency, rng))
+            writer.append(made_up(5, True, rng))
             for record in steps(5, 4, residency, rng):
                 writer.append(record)
             writer.append(End(9, FINGERPRINT))
@@ -96,7 +101,8 @@ def log_bytes(residency: str, rng: random.Random) -> bytes:
 def export_bytes(rng: random.Random) -> bytes:
     """An export of a dozen steps."""
     made = tuple(replace(step, micro_batches=1, traces=False) for step in steps(3, 12, "exact", rng))
-    return encode(FineTune(replace(segment(3, "exact", rng), base=None), made, FINGERPRINT))
+    chosen = tuple(made_up(step, False, rng) for step in (3, 9))
+    return encode(FineTune(replace(segment(3, "exact", rng), base=None), made, FINGERPRINT, chosen))
 
 
 # ---- mutations
@@ -309,6 +315,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Fuzz, print what happened; 1 where something was accepted, crashed, hung or ran out of memory."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--count", type=int, default=100_000)
+    parser.add_argument("--masks", type=int, default=3000, help="mutated masked runs, in addition")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args(arguments)
@@ -317,19 +324,21 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         try:
             outcomes = fuzz(options.count, options.seed, Path(folder))
+            outcomes += fuzz_masks(options.masks, Path(folder), random.Random(options.seed), mutate, signed_log)
         except (Exception, Hang):  # whatever it is: this is what is looked for
             traceback.print_exc()
             kept = Path(tempfile.gettempdir()) / "fuzz_log_found"
-            kept.write_bytes((Path(folder) / "mutated").read_bytes())
-            print(f"The file is kept as {kept}.", file=sys.stderr)
+            shutil.copytree(folder, kept, dirs_exist_ok=True)
+            print(f"The files are kept in {kept}.", file=sys.stderr)
             return 1
     seconds = time.perf_counter() - began
     for name, number in sorted(outcomes.items()):
         print(f"{number:8d}  {name}")
-    print(f"{options.count} files in {seconds:.0f} s; none crashed, hung or ran out of memory")
+    print(f"{options.count} files and {options.masks} masked runs in {seconds:.0f} s; none crashed, hung or ran out of memory")
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        result = {"count": options.count, "seed": options.seed, "seconds": round(seconds, 1), "outcomes": dict(sorted(outcomes.items()))}
+        given = {"count": options.count, "masks": options.masks, "seed": options.seed}
+        result = {**given, "seconds": round(seconds, 1), "outcomes": dict(sorted(outcomes.items()))}
         options.json.write_text(json.dumps(result, indent=2) + "\n")
     return int(any(name.endswith(": accepted") for name in outcomes))
 

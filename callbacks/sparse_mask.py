@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from zo_lightning.callbacks.base import Run, ZOCallback
 from zo_lightning.engine.masks import Mask, MaskRule, Masks
 from zo_lightning.engine.masks.plan import Density
-from zo_lightning.engine.masks.report import Share, shares, table
+from zo_lightning.engine.masks.report import MANY, Share, charts, shares, table
 from zo_lightning.engine.options import EngineOptions
 from zo_lightning.engine.parameters import Trained
 
@@ -31,6 +31,8 @@ class SparseMask(ZOCallback):
         include, exclude: patterns of layers that the rule is for, and of those that it is not for; these are trained in full. Biases and
             norms are layers like any other. frozen: patterns of layers that are not trained.
         summary: print a table of layers and trained weights when the first mask is made.
+        layers: what to chart beside the density and overlap of all layers: True, those of each; False, nothing; None, of each, or, where
+            there are more than 64, of each repeated block and of the layers outside of blocks.
 
     Raises ValueError for an option out of range; before the first step, for a pattern that fits no layer, a mask that leaves nothing to
     train, and a rule that does not fit a layer.
@@ -48,9 +50,12 @@ class SparseMask(ZOCallback):
         exclude: str | Sequence[str] = (),
         frozen: str | Sequence[str] = (),
         summary: bool = True,
+        layers: bool | None = None,
     ) -> None:
+        if layers is not None and not isinstance(layers, bool):
+            raise ValueError(f"Invalid layers: {layers!r}. Must be True, False, or None (blocks where there are more than {MANY} layers).")
         self.mask = Mask(rule, density, budget, refresh, until, include, exclude, frozen)
-        self._summary = summary
+        self._summary, self._layers = summary, layers
         self._says = summary
         self._waiting: list[Share] = []
 
@@ -64,8 +69,10 @@ class SparseMask(ZOCallback):
         run.optimizer.masks.listeners.append(self._made)
 
     def _made(self, masks: Masks, trained: Sequence[Trained]) -> None:
+        if masks.measuring:  # nothing is trained in these steps, and the mask is yet to come
+            return
         self._waiting = shares(masks, trained)
-        if self._says and not masks.measuring:
+        if self._says:
             print(table(self.mask, self._waiting), file=sys.stderr)
             self._says = False
 
@@ -76,13 +83,4 @@ class SparseMask(ZOCallback):
 
     def metrics(self) -> dict[str, float]:
         waiting, self._waiting = self._waiting, []
-        if not waiting:
-            return {}
-        total = sum(share.trained for share in waiting) / sum(share.numel for share in waiting)
-        charts = {"zo/mask/density": total}
-        charts.update({f"zo/mask/density/{share.name}": share.density for share in waiting})
-        again = {share.name: (share.overlap, share.trained) for share in waiting if share.overlap is not None}
-        if again:
-            charts["zo/mask/overlap"] = sum(share * count for share, count in again.values()) / sum(count for _, count in again.values())
-            charts.update({f"zo/mask/overlap/{name}": share for name, (share, _) in again.items()})
-        return charts
+        return charts(waiting, self._layers)

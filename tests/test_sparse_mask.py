@@ -14,6 +14,7 @@ from lightning_models import HOST_WARNINGS, NAMES, lit, loader, loss_of, net
 from zo_lightning.callbacks import Run, SparseMask, TrajectoryLog, ZOCallback
 from zo_lightning.engine import StepReport, ZOOptimizer
 from zo_lightning.engine.masks import Mask, PrincipalWeights, Sensitive, Where
+from zo_lightning.engine.masks.report import MANY, Share, charts
 from zo_lightning.engine.options import EngineOptions
 from zo_lightning.strategy import ZOStrategy
 
@@ -105,7 +106,7 @@ def test_lightning_measures_as_the_engine_does(name: str, tmp_path: Path, capsys
     assert [rate > 0 for rate in rates] == [step % 7 > 2 for step in range(16)]
     assert watch.rates == rates
     made = {step: charts for step, charts in enumerate(watch.charts) if charts}
-    assert list(made) == [0, 3, 7, 10, 14]
+    assert list(made) == [3, 10]  # the masks, and not the steps that measure for them
     assert [made[step]["zo/mask/density"] for step in (3, 10)] == [pytest.approx(0.3, abs=0.02)] * 2
     assert "zo/mask/overlap" not in made[3]
     assert 0 < made[10]["zo/mask/overlap"] < 1
@@ -163,6 +164,13 @@ def test_another_mask_does_not_go_on(tmp_path: Path) -> None:
         fit(tmp_path, SparseMask("small_weights", 0.4, summary=False), TrajectoryLog())
 
 
+def test_charts_of_layers_can_be_switched_off(tmp_path: Path) -> None:
+    watch = Scissors(mask=SparseMask("random", 0.3, refresh=5, summary=False, layers=False))
+    fit(tmp_path, watch.mask, watch)  # type: ignore[arg-type]
+    assert watch.charts[0].keys() == {"zo/mask/density"}
+    assert watch.charts[5].keys() == {"zo/mask/density", "zo/mask/overlap"}
+
+
 def test_two_masks_are_refused() -> None:
     options = SparseMask("random", 0.5).configure(EngineOptions())
     with pytest.raises(ValueError, match="There are two masks"):
@@ -182,3 +190,25 @@ def test_the_users_own_mask(tmp_path: Path) -> None:
     torch.manual_seed(0)
     start = dict(net().named_parameters())
     assert all(torch.equal(start[key], value) is (value.dim() == 1) for key, value in module.net.named_parameters())
+
+
+def test_charts_of_many_layers_are_of_their_blocks() -> None:
+    """Shares of a block are those of its layers by their weights; overlaps by their trained weights."""
+    found = [
+        Share("layer.0.a", 100, 50, 0.5),
+        Share("layer.0.b", 300, 30, 1.0),
+        Share("layer.1.a", 100, 0, None),
+        Share("head", 10, 10, 0.2),
+    ]
+    by_layer = charts(found, None)
+    assert by_layer["zo/mask/density/layer.0.b"] == 0.1
+    assert "zo/mask/overlap/layer.1.a" not in by_layer
+    many = charts(found + [Share(f"more.{i}.x", 1, 1, 1.0) for i in range(MANY)], None)
+    assert many["zo/mask/density/layer.0"] == 0.2
+    assert many["zo/mask/overlap/layer.0"] == pytest.approx((25 + 30) / 80)
+    assert many["zo/mask/density/head"] == 1.0
+    assert many["zo/mask/overlap"] == pytest.approx((25 + 30 + 2 + MANY) / (90 + MANY))
+    assert charts(found, False).keys() == {"zo/mask/density", "zo/mask/overlap"}
+    assert "zo/mask/density/layer.0.a" in charts(found * MANY, True)
+    with pytest.raises(ValueError, match="Invalid layers: 3"):
+        SparseMask("random", 0.5, layers=3)  # type: ignore[arg-type]

@@ -215,12 +215,13 @@ def test_errors_are_one_line(
 def test_a_short_fuzz_of_logs_and_exports(tmp_path: Path) -> None:
     """The long one is `python benchmarks/fuzz_log.py --count 100000`."""
     out = tmp_path / "fuzz.json"
-    done = subprocess.run(
-        [sys.executable, str(FUZZ), "--count", "2000", "--seed", "1", "--json", str(out)], capture_output=True, text=True, timeout=300
-    )
+    command = [sys.executable, str(FUZZ), "--count", "2000", "--masks", "90", "--seed", "1", "--json", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     outcomes = json.loads(out.read_text())["outcomes"]
-    assert sum(outcomes.values()) == 2000
+    assert sum(outcomes.values()) == 2090
+    assert outcomes["masks, damaged: refused"] >= 25
+    assert outcomes["masks, hostile: refused"] > 15
     assert outcomes["log: refused"] > 300
     assert outcomes["log: shortened"] > 10
     assert outcomes["log with right checksums: well-formed"] > 10

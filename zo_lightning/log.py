@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -97,6 +98,7 @@ def summary(log: Log) -> dict[str, Any]:
         "skipped": sum(step.skipped for step in steps),
         "loss": {"first": losses[0] if losses else None, "last": losses[-1] if losses else None},
         "lr": {"least": min(rates, default=None), "most": max(rates, default=None)},
+        "masks": _masks(log),
         "segments": [_segment(segment) for segment in log.segments],
         "checkpoints": [{"step": c.step, "host": c.host, "path": c.path} for c in log.checkpoints],
         "ended": log.end is not None,
@@ -105,6 +107,20 @@ def summary(log: Log) -> dict[str, Any]:
 
 def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def _masks(log: Log) -> dict[str, Any] | None:
+    """What the steps trained, and the files that a replay needs for it."""
+    if not log.masks:
+        return None
+    files = sorted({mask.file for mask in log.masks if mask.file is not None})
+    rules = " ".join(sorted({mask.name for mask in log.masks}))
+    return {"made": len(log.masks), "rules": rules, "files": len(files), "missing files": sum(not _is_there(log, name) for name in files)}
+
+
+def _is_there(log: Log, name: str) -> bool:
+    """Whether a file lies beside the log."""
+    return os.path.isfile(log.path.with_name(name))
 
 
 def _segment(segment: Segment) -> dict[str, Any]:

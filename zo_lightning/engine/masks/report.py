@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from zo_lightning.engine.masks.plan import Mask
+from zo_lightning.engine.masks.rules import block_of
 from zo_lightning.engine.masks.state import Masks
 from zo_lightning.engine.parameters import Trained
 
 _CHUNK = 1 << 21
+MANY = 64
+"""With more layers than that, charts are of blocks."""
 
 
 class Share(NamedTuple):
@@ -40,6 +43,33 @@ def shares(masks: Masks, trained: Sequence[Trained]) -> list[Share]:
         overlap = None if masks.before is None or not count else both / count
         found.append(Share(p.name, p.tensor.numel(), count, overlap))
     return found
+
+
+def together(found: Sequence[Share]) -> list[Share]:
+    """The layers of each repeated block as one."""
+    groups: dict[str, list[Share]] = {}
+    for share in found:
+        groups.setdefault(block_of(share.name) or share.name, []).append(share)
+    return [_sum(name, parts) for name, parts in groups.items()]
+
+
+def _sum(name: str, parts: Sequence[Share]) -> Share:
+    trained = sum(part.trained for part in parts)
+    both = [part.overlap * part.trained for part in parts if part.overlap is not None]
+    return Share(name, sum(part.numel for part in parts), trained, sum(both) / trained if both else None)
+
+
+def charts(found: Sequence[Share], layers: bool | None) -> dict[str, float]:
+    """`zo/mask/density` and `zo/mask/overlap` of all layers, and of each: see `SparseMask`."""
+    if not found:
+        return {}
+    several = [] if layers is False else together(found) if layers is None and len(found) > MANY else found
+    whole = _sum("", found)
+    rows = {"density": {"": whole.density, **{f"/{share.name}": share.density for share in several}}}
+    rows["overlap"] = {f"/{share.name}": share.overlap for share in several if share.overlap is not None}
+    if whole.overlap is not None:
+        rows["overlap"][""] = whole.overlap
+    return {f"zo/mask/{kind}{name}": value for kind, row in rows.items() for name, value in row.items()}
 
 
 def _kept(masks: Masks, p: Trained) -> Iterator[Tensor]:

@@ -29,10 +29,15 @@ class Layer(NamedTuple):
 
     @property
     def block(self) -> str | None:
-        """The repeated block that it is in, "model.layers.3": its name up to the first number; None outside of blocks."""
-        parts = self.name.split(".")
-        at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-        return None if at is None else ".".join(parts[: at + 1])
+        """The repeated block that it is in; None outside of blocks."""
+        return block_of(self.name)
+
+
+def block_of(name: str) -> str | None:
+    """Of "model.layers.3.norm.weight" the repeated block "model.layers.3": the name up to the first number; None where there is none."""
+    parts = name.split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    return None if at is None else ".".join(parts[: at + 1])
 
 
 def _no_estimate(layer: Layer) -> Tensor:

@@ -147,7 +147,7 @@ class Trajectory(Journal):
     def _load(self, optimizer: ZOOptimizer, segment: Segment) -> bool:
         """Give the optimizer the weights that a segment begins with, from its file."""
         path = None if segment.base is None else self.folder / segment.base
-        if path is None or not path.exists():
+        if path is None or not os.path.isfile(path):
             return False
         loaded, goals = match(load_base(path), segment), {p.name: p.tensor for p in optimizer.residency.trained}
         if trained_fingerprint(loaded) != segment.fingerprint or goals.keys() != {p.name for p in loaded}:

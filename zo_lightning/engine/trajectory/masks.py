@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from zo_lightning.engine.masks import Masks
 from zo_lightning.engine.masks.rules import Chosen
+from zo_lightning.engine.noise.dither import BLOCK
 from zo_lightning.engine.noise.members import Band, Bits, Listed, Lot, Members
 from zo_lightning.engine.parameters import Trained
 from zo_lightning.engine.seeds import parameter_key
@@ -56,26 +59,58 @@ def _entry(mask: Members | None) -> tuple[MaskEntry, Tensor | None]:
     if isinstance(mask, Bits):
         return MaskEntry("bits", mask.count), mask.words
     if isinstance(mask, Listed):
-        return MaskEntry("list", len(mask.index)), mask.index
+        return MaskEntry("list", len(mask.index)), mask.index.long()
     raise TypeError(f"A mask of class {type(mask).__name__} can't be written into a step log.")
 
 
 def chosen_of(record: MaskRecord, parameters: Sequence[ParameterEntry], folder: Path, devices: Mapping[str, torch.device]) -> Chosen:
     """The masks of a record. ValueError where its file is missing, is another one, or does not fit the parameters."""
-    stored: dict[str, Tensor] = {}
-    if record.file is not None:
-        path = folder / record.file
-        if not path.exists():
-            raise ValueError(f"The mask of step {record.step} is in {path}, which is not there. Put it beside the log again.")
-        stored = load_base(path)
-        if fingerprint(stored) != record.digest:
-            raise ValueError(f"{path} is not the mask of step {record.step} that the log has the digest of. Get the right file.")
+    stored = {} if record.file is None else _load(record, folder / record.file, parameters)
     chosen: Chosen = {}
     for parameter, entry in zip(parameters, record.entries, strict=True):
-        if entry.kind != "none":
-            own = stored.get(parameter.name)
-            chosen[parameter_key(parameter.name)] = _mask(entry, parameter, None if own is None else own.to(devices[parameter.name]))
+        own = stored.get(parameter.name)
+        if own is not None:
+            chosen[parameter_key(parameter.name)] = (Bits if entry.kind == "bits" else Listed)(own.to(devices[parameter.name]))
+        elif entry.kind != "none":
+            chosen[parameter_key(parameter.name)] = _number(entry, parameter)
     return chosen
+
+
+def _load(record: MaskRecord, path: Path, parameters: Sequence[ParameterEntry]) -> dict[str, Tensor]:
+    """The stored masks of a record. Sizes are looked at before contents: a made-up file could be as long as a disk is wide."""
+    what, advice = f"the mask of step {record.step}", "Get the right file from where the log came from."
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}, which has {what}, is not there. Put it beside the log again.")
+    stored = load_base(path, advice=f"It should be {what}. {advice}")
+    entries = {p.name: (p, entry) for p, entry in zip(parameters, record.entries, strict=True) if entry.kind in ("bits", "list")}
+    is_it = stored.keys() == entries.keys() and all(_has_size(stored[name], *entries[name]) for name in entries)
+    if not is_it or fingerprint(stored) != record.digest:
+        raise ValueError(f"{path} is not {what}: the log has the digest of another one. {advice}")
+    for name, (parameter, entry) in entries.items():
+        if not (_is_bits if entry.kind == "bits" else _is_list)(stored[name], parameter, entry.number):
+            raise ValueError(f"{path} can't be {what}: it does not fit the {_numel(parameter)} elements of {name!r}. {advice}")
+    return stored
+
+
+def _numel(parameter: ParameterEntry) -> int:
+    return math.prod(parameter.shape)
+
+
+def _has_size(stored: Tensor, parameter: ParameterEntry, entry: MaskEntry) -> bool:
+    if entry.kind == "bits":
+        return stored.dtype == torch.int32 and stored.shape == (Bits.length(_numel(parameter)),)
+    return stored.dtype == torch.int64 and stored.shape == (entry.number,)
+
+
+def _is_bits(words: Tensor, parameter: ParameterEntry, count: int) -> bool:
+    """Whether so many bits are set, and none behind the last element."""
+    behind = Bits(words[-2:]).keep(torch.empty(BLOCK), 0)[_numel(parameter) - BLOCK * (len(words) // 2 - 1) :] if len(words) else words
+    return Bits(words).count == count and not bool(behind.any())
+
+
+def _is_list(index: Tensor, parameter: ParameterEntry, count: int) -> bool:
+    """Whether these are elements, each once and in order."""
+    return bool((index[1:] > index[:-1]).all()) and bool(((index >= 0) & (index < _numel(parameter))).all())
 
 
 def follow(optimizer: ZOOptimizer, recorded: MaskRecord | None, segment: Segment, folder: Path) -> None:
@@ -94,23 +129,10 @@ def follow(optimizer: ZOOptimizer, recorded: MaskRecord | None, segment: Segment
         )
 
 
-def _mask(entry: MaskEntry, parameter: ParameterEntry, stored: Tensor | None) -> Members | None:
+def _number(entry: MaskEntry, parameter: ParameterEntry) -> Members | None:
+    """A mask that is a number, None for the whole parameter."""
     if entry.kind == "all":
         return None
-    if entry.kind in ("small", "large"):
-        return Band(entry.bound, entry.number, getattr(torch, parameter.dtype), entry.kind == "large")
     if entry.kind == "lot":
         return Lot(entry.number, parameter_key(parameter.name), entry.bound)
-    numel = 1
-    for size in parameter.shape:
-        numel *= size
-    bits = entry.kind == "bits"
-    if stored is None or stored.dim() != 1 or stored.dtype != (torch.int32 if bits else torch.int64):
-        raise ValueError(f"The mask of {parameter.name!r} is not in the file of the mask. Get the right file.")
-    if bits:
-        fits = len(stored) == Bits.length(numel)
-    else:
-        fits = len(stored) <= numel and bool((stored[1:] > stored[:-1]).all()) and bool(((stored >= 0) & (stored < numel)).all())
-    if not fits:
-        raise ValueError(f"The mask of {parameter.name!r} does not fit its {numel} elements. Get the right file.")
-    return Bits(stored) if bits else Listed(stored)
+    return Band(entry.bound, entry.number, getattr(torch, parameter.dtype), entry.kind == "large")

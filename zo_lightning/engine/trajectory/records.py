@@ -188,9 +188,7 @@ def _check_mask(record: MaskRecord) -> None:
     _text(record.name, "name", 100)
     _require(isinstance(record.entries, tuple) and len(record.entries) >= 1, "entries: there are none")
     for entry in record.entries:
-        _require(entry.kind in MASKS, f"entries: {entry.kind!r:.100}, none of {', '.join(MASKS)}")
-        _integer(entry.number, "number of a mask", -1, (1 << 63) - 1)
-        _require(isinstance(entry.bound, float) and math.isfinite(entry.bound), "bound of a mask: not a finite number")
+        _check_mask_entry(entry)
     stored = any(entry.kind in ("bits", "list") for entry in record.entries)
     _require(stored == (record.file is not None), "file: named where nothing is stored, or the other way round")
     if record.file is not None:
@@ -198,6 +196,20 @@ def _check_mask(record: MaskRecord) -> None:
         _fingerprint(record.digest, "digest")
     else:
         _require(record.digest == "", "digest: of no file")
+
+
+def _check_mask_entry(entry: MaskEntry) -> None:
+    _require(entry.kind in MASKS, f"entries: {entry.kind!r:.100}, none of {', '.join(MASKS)}")
+    by_size = entry.kind in ("small", "large")
+    most = 0 if entry.kind in ("all", "none") else (1 << 63) - 1
+    _integer(entry.number, f'number of a mask "{entry.kind}"', -1 if by_size else 0, most)
+    _require(isinstance(entry.bound, float) and math.isfinite(entry.bound), "bound of a mask: not a finite number")
+    if by_size:
+        _require(entry.bound >= 0, f"bound of a mask by size: {entry.bound}, no absolute value")
+    elif entry.kind == "lot":
+        _require(-0.5 <= entry.bound <= 0.5, f"bound of a mask by lot: {entry.bound}, none between -1/2 and 1/2")
+    else:
+        _require(entry.bound == 0, f'bound of a mask "{entry.kind}": {entry.bound}, where there is none')
 
 
 def _file_name(name: object, field: str) -> None:

@@ -159,7 +159,7 @@ class _Follow:
                     break
                 stepper.apply(waiting)
                 waiting.clear()
-                self._mask(stepper, record)
+                self._next_mask(stepper, record)
             elif isinstance(record, Segment) or (self._checking and isinstance(record, (Mark, End))):
                 if record.step > end:
                     break
@@ -176,6 +176,13 @@ class _Follow:
     def _mask(self, stepper: Stepper, record: MaskRecord) -> None:
         devices = {p.name: p.tensor.device for p in self._trained}
         stepper.mask(chosen_of(record, self._segment.parameters, self._log.path.parent, devices))
+
+    def _next_mask(self, stepper: Stepper, record: MaskRecord) -> None:
+        """The mask of the step that comes next, behind those that were made."""
+        try:
+            self._mask(stepper, record)
+        except ValueError as error:
+            raise ValueError(f"{error} The weights are now those after {record.step} steps.") from error
 
     def _mask_at(self, start: Anchor, stepper: Stepper) -> None:
         """The mask that holds at an anchor."""
@@ -210,7 +217,7 @@ class _Follow:
         if not isinstance(record, Segment):
             return f"after {record.step} steps the weights are not those that the log has a fingerprint of"
         path = None if record.base is None else self._log.path.with_name(record.base)
-        if path is not None and path.exists():
+        if path is not None and os.path.isfile(path):
             tensors = load_base(path)
             loaded = match(tensors, record)
             if trained_fingerprint(loaded) == record.fingerprint:
@@ -239,7 +246,7 @@ def _own_base(log: Log, end: int) -> os.PathLike[str]:
     named = [segment for segment in log.segments if segment.step <= end and segment.base is not None]
     for segment in reversed(named):
         path = log.path.with_name(str(segment.base))
-        if path.exists():
+        if os.path.isfile(path):
             return path
     missing = f"its base files ({', '.join(str(segment.base) for segment in named)}) are not beside it" if named else "it has no base file"
     raise ValueError(

@@ -37,10 +37,12 @@ def _system_error(error: SafetensorError) -> OSError:
     return OSError(str(error)) if number is None else OSError(int(number[1]), os.strerror(int(number[1])))
 
 
-def load_base(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> dict[str, Tensor]:
+def load_base(
+    path: str | os.PathLike[str], device: str | torch.device = "cpu", advice: str = "Give the weights as safetensors."
+) -> dict[str, Tensor]:
     """The tensors of a safetensors file. LogError where it is damaged or something else, OSError where it can't be read."""
     try:
         with Path(path).open("rb"):
             return load_file(path, device=str(device))  # views of a private map: writing to them leaves the file alone
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise LogError(f"{path} is not a safetensors file that can be read: {error}. Give the weights as safetensors.") from error
+        raise LogError(f"{path} is not a safetensors file that can be read: {error}. {advice}") from error
