@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from zo_lightning.engine.messages import say_once
 from zo_lightning.engine.optimizer import ZOOptimizer
 from zo_lightning.engine.options import EngineOptions
 from zo_lightning.engine.report import StepReport
@@ -95,6 +96,12 @@ class ZOCallback:
     def _legacy_state_key(self) -> type:
         """Lightning asks every callback for it when it reads a checkpoint."""
         return type(self)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Lightning's own hook: say so where nobody will ask this callback for anything."""
+        if not hasattr(trainer.strategy, "zo_optimizer"):
+            name = type(self).__name__
+            say_once(f"callback.{name}", f'{name} does nothing here: training is by backpropagation. Use Trainer(strategy="zo").')
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         if name.startswith("on_") or name in ("setup", "teardown"):

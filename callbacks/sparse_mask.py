@@ -22,8 +22,8 @@ class SparseMask(ZOCallback):
     `zo/mask/...`, after each refresh.
 
     Args:
-        rule: "small_weights", "large_weights", "random", "n_of_m", "half_layers", "layer_sampling", "blockwise", "structured", or a
-            `MaskRule` (`NofM(2, 4)`, `Where(function)`, ...).
+        rule: "small_weights", "large_weights", "random", "n_of_m", "sensitive", "principal_weights", "half_layers", "layer_sampling",
+            "blockwise", "structured", or a `MaskRule` (`NofM(2, 4)`, `Where(function)`, ...).
         density: share of each layer's weights that is trained, in (0, 1]: a number, a mapping from patterns of layer names to numbers, or
             a function of the step, looked up at each refresh. None for rules with a share of their own.
         budget: "layer"; "global" gives the same total to the smallest or largest weights of all layers.

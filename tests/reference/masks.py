@@ -20,6 +20,10 @@ def by_size(theta: Tensor, count: int, largest: bool) -> Callable[[Tensor], Tens
     bound = size[order[-1]]
     equal = [i for i in order if size[i] == bound]
     last = max(equal) if len(equal) < (size == bound).sum() else len(size) - 1
+    if 4 * len(equal) > count:  # kept until the next refresh
+        chosen = torch.zeros(theta.shape, dtype=torch.bool)
+        chosen.view(-1)[torch.from_numpy(order.copy())] = True
+        return lambda later: chosen
 
     def at(later: Tensor) -> Tensor:
         now = later.detach().abs().double().reshape(-1).numpy()

@@ -145,7 +145,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         It waits for a running evaluation or update, in the order of asking, and holds up the next one. A closure must not wait for a thread
         that wants it.
         """
-        return self.residency.settled()
+        return (self._residency or self.residency).settled()  # during an evaluation the tensors look as if they had been replaced
 
     def usual_lr(self) -> str:
         """The learning rates that usually work for what is trained here, in words."""

@@ -47,6 +47,10 @@ def check(optimizer: ZOOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"The state has version {zo.get('version')} or is incomplete; this release reads version {VERSION}.")
     if zo["noise"] != optimizer.noise.name:
         raise ValueError(f"noise={optimizer.noise.name!r}, but the state was saved with noise={zo['noise']!r}. Resume with the same noise.")
+    there, here = zo["masks"]["mask"], optimizer.masks.mask
+    if there != (None if here is None else here.described()):
+        before, now = ("no mask" if mask is None else f"the mask {mask}" for mask in (there, None if here is None else here.described()))
+        raise ValueError(f"The state was saved with {before}, and here is {now}. Resume with the same mask.")
     for group in state_dict["param_groups"]:
         check_group(group)
     if zo["window"] is not None:

@@ -67,7 +67,7 @@ class LayerSampling(MaskRule):
 
     layers: int = 2
     by: str = "uniform"
-    weights: tuple[float, ...] | None = None
+    weights: Sequence[float] | None = None
 
     name = "layer_sampling"
     has_density = False
@@ -77,9 +77,9 @@ class LayerSampling(MaskRule):
         if self.by not in ("uniform", "outliers"):
             raise ValueError(f"Invalid by: {self.by!r}. Must be 'uniform' or 'outliers', or give weights=.")
         if self.weights is not None:
-            object.__setattr__(self, "weights", tuple(float(weight) for weight in self.weights))
-            if not all(math.isfinite(weight) and weight >= 0 for weight in self.weights) or sum(self.weights) <= 0:
-                raise ValueError(f"Invalid weights: {self.weights!r}. Must be finite, >= 0 and not all 0.")
+            if self.by != "uniform":
+                raise ValueError(f"by={self.by!r} does nothing where weights= are given. Leave one of them out.")
+            object.__setattr__(self, "weights", _numbers(self.weights))
 
     def choose(self, layers: Sequence[Layer], counts: Mapping[int, int], draw: Draw) -> Chosen:
         blocks = blocks_of(layers)
@@ -102,6 +102,13 @@ class LayerSampling(MaskRule):
         if self.by == "uniform":
             return [1.0] * len(blocks)
         return [_outliers([layer.tensor for layer in block]) + 1e-12 for block in blocks.values()]
+
+
+def _numbers(weights: object) -> tuple[float, ...]:
+    good = isinstance(weights, Sequence) and all(isinstance(w, (int, float)) and math.isfinite(w) and w >= 0 for w in weights)
+    if not good or not any(weights):  # type: ignore[arg-type]
+        raise ValueError(f"Invalid weights: {weights!r}. Must be a sequence of numbers that are finite, >= 0 and not all 0.")
+    return tuple(float(w) for w in weights)  # type: ignore[attr-defined]
 
 
 def _outliers(tensors: Sequence[Tensor]) -> float:
@@ -210,12 +217,16 @@ class Where(MaskRule):
     has_density = False
     reproducible = False
 
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise ValueError(f"Invalid function: {self.function!r}. Must be a function of (name, tensor).")
+
     def choose(self, layers: Sequence[Layer], counts: Mapping[int, int], draw: Draw) -> Chosen:
         chosen: Chosen = {}
         for layer in layers:
             keep = self.function(layer.name, layer.tensor.detach())
-            if isinstance(keep, bool):
-                keep = torch.full_like(layer.tensor, keep, dtype=torch.bool)
+            if type(keep).__name__ in ("bool", "bool_"):  # numpy's, too
+                keep = torch.full_like(layer.tensor, keep, dtype=torch.bool)  # type: ignore[arg-type]
             if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.shape != layer.tensor.shape:
                 raise ValueError(
                     f"Where: the function returned {_described(keep)} for {layer.name!r}; it must be a bool tensor of shape "

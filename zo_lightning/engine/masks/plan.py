@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 
 from zo_lightning.engine.masks.parts import Blockwise, HalfLayers, LayerSampling, Structured, Where
 from zo_lightning.engine.masks.rules import Chosen, Draw, LargeWeights, Layer, MaskRule, NofM, Random, SmallWeights
@@ -103,6 +103,13 @@ class Mask:
         if self.budget == "global" and not isinstance(rule, (SmallWeights, LargeWeights)):
             raise ValueError(f"budget='global' compares weights of all layers, for which {rule.name!r} has no measure. Use budget='layer'.")
 
+    def described(self) -> str:
+        """The options in words; functions are only said to be some, for they look different in each process."""
+        kind, own = self.rule, fields(self)[1:]
+        rule = [f"{field.name}={_words(getattr(kind, field.name))}" for field in (fields(kind) if is_dataclass(kind) else ())]
+        rest = [f"{field.name}={_words(getattr(self, field.name))}" for field in own]
+        return f"{type(kind).__name__}({', '.join(rule)}), {', '.join(rest)}"
+
     def number(self, step: int) -> int:
         """Which mask, counted from 0, a step has. Where the rule measures, even masks are those of the steps that do."""
         last = step if self.until is None else min(step, max(self.until - 1, 0))
@@ -129,6 +136,9 @@ class Mask:
                 counts[layer.key] = WHOLE
             else:
                 counts[layer.key] = round(self._density_of(layer.name, step) * layer.tensor.numel())
+        if all(count < 0 for count in counts.values()):
+            options = f"include={self.include!r}, exclude={self.exclude!r} and frozen={self.frozen!r}"
+            raise ValueError(f"{options} leave no layer to {self.rule!r}. Leave it some, or do without a mask.")
         if self.budget == "global":
             asked = [layer for layer in layers if counts[layer.key] >= 0]
             total, largest = sum(counts[layer.key] for layer in asked), isinstance(self.rule, LargeWeights)
@@ -157,9 +167,14 @@ class Mask:
             chosen.update({layer.key: None for layer in asked if counts[layer.key]})
         elif asked:
             chosen.update(self.rule.choose(asked, {layer.key: counts[layer.key] for layer in asked}, draw))
-        if not chosen:
-            raise ValueError(f"The mask {self.rule!r} with density={self.density!r} leaves nothing to train. Use a higher density.")
+        if not any(layer.key in chosen and layer.tensor.numel() for layer in layers):
+            why = "Use a higher density" if any(0 <= count < 1 for count in counts.values()) else "Look at frozen= and at the rule"
+            raise ValueError(f"The mask {self.rule!r} with density={self.density!r} leaves nothing to train. {why}.")
         return chosen
+
+
+def _words(value: object) -> str:
+    return "a function" if callable(value) else repr(value)
 
 
 def check_density(value: object, name: str) -> float:
@@ -175,14 +190,16 @@ def as_rule(rule: str | MaskRule) -> MaskRule:
         found: MaskRule = choose("rule", rule, named, "a MaskRule")()  # type: ignore[operator]
         return found
     if not isinstance(rule, MaskRule):
-        raise ValueError(f"Invalid rule: {rule!r}. Must be a MaskRule or one of {', '.join(map(repr, RULES))}.")
+        names = ", ".join(repr(name) for name, kind in RULES.items() if kind is not Where)
+        hint = f" Did you mean {rule.__name__}()?" if isinstance(rule, type) else ""
+        raise ValueError(f"Invalid rule: {rule!r}. Must be a MaskRule or one of {names}.{hint}")
     return rule
 
 
 def _patterns(option: str, value: str | Sequence[str]) -> tuple[str, ...]:
-    patterns = (value,) if isinstance(value, str) else tuple(value)
+    patterns = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (None,)
     if not all(isinstance(pattern, str) for pattern in patterns):
-        raise ValueError(f"Invalid {option}: {value!r}. Must be patterns of layer names.")
+        raise ValueError(f"Invalid {option}: {value!r}. Must be a pattern of layer names, or several.")
     return patterns
 
 

@@ -112,18 +112,31 @@ def listed(members: Members, tensor: Tensor, count: int) -> Members:
     return Listed(torch.cat(found))
 
 
+def following(tensor: Tensor, count: int, largest: bool) -> Members:
+    """The smallest or largest, followed by their threshold.
+
+    Where more than a quarter of them equal it (the zeros of a new adapter, the ones of a norm), the first update would take them to either
+    side of it; then they are kept until the next refresh.
+    """
+    mask, flat = band(tensor, count, largest), tensor.detach().reshape(-1)
+    beyond = sum(int(((p.abs() > mask.bound) if largest else (p.abs() < mask.bound)).sum()) for p in flat.split(1 << 20))
+    if count < LIST_BELOW * tensor.numel() or 4 * (count - beyond) <= count:
+        return listed(mask, tensor, count)
+    return Bits.taken(mask, flat)
+
+
 @dataclass(frozen=True)
 class SmallWeights(ByLayer):
     """m[i] = 1[|theta[i]| <= t], with t the layer's percentile of the density: Sparse MeZO (arXiv 2402.15751).
 
     The paper trains all layers, biases and norms too, at sparsity 0.5 to 0.8 (density 0.2 to 0.5), with a higher learning rate. The
-    threshold is stored and refreshed; membership follows the weights at every step.
+    threshold is stored and refreshed; membership follows the weights at every step, but where many equal the threshold (`following`).
     """
 
     name = "small_weights"
 
     def of_layer(self, layer: Layer, count: int, draw: Draw) -> Members:
-        return listed(band(layer.tensor, count), layer.tensor, count)
+        return following(layer.tensor, count, largest=False)
 
 
 @dataclass(frozen=True)
@@ -133,7 +146,7 @@ class LargeWeights(ByLayer):
     name = "large_weights"
 
     def of_layer(self, layer: Layer, count: int, draw: Draw) -> Members:
-        return listed(band(layer.tensor, count, largest=True), layer.tensor, count)
+        return following(layer.tensor, count, largest=True)
 
 
 @dataclass(frozen=True)
@@ -167,6 +180,8 @@ class NofM(MaskRule):
     def __post_init__(self) -> None:
         check_count("n", self.n)
         check_count("m", self.m)
+        if not isinstance(self.smallest, bool):
+            raise ValueError(f"Invalid smallest: {self.smallest!r}. Must be True or False.")
         if self.n > self.m:
             raise ValueError(f"Invalid n: {self.n}. Must be at most m={self.m}.")
 

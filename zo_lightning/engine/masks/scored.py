@@ -75,7 +75,10 @@ def _squares(losses: Callable[[], Iterable[Tensor]], layers: Sequence[Layer]) ->
     batches = 0
     with host_state({tensor.device for tensor in tensors}), torch.inference_mode(False), torch.enable_grad():
         squares = [torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device) for tensor in tensors]
-        for loss in losses():
+        given = losses()
+        if isinstance(given, Tensor) or not isinstance(given, Iterable):
+            raise ValueError(f"Sensitive: losses() gave {_described(given)}; it must return several losses, or yield them.")
+        for loss in given:
             if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
                 raise ValueError(f"Sensitive: losses() gave {_described(loss)}; it must give scalar tensors that can be differentiated.")
             for square, gradient in zip(squares, torch.autograd.grad(loss, tensors, allow_unused=True), strict=True):
@@ -84,6 +87,8 @@ def _squares(losses: Callable[[], Iterable[Tensor]], layers: Sequence[Layer]) ->
             batches += 1
     if not batches:
         raise ValueError("Sensitive: losses() gave no loss. Give one or more, each on a batch of its own.")
+    if not any(square.any() for square in squares):
+        raise ValueError("Sensitive: losses() depends on no trained weight. Compute it with the model that is trained, not with a copy.")
     return {layer.key: square for layer, square in zip(layers, squares, strict=True)}
 
 

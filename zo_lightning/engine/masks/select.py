@@ -76,7 +76,7 @@ def lot(seed: int, key: int, like: Tensor, count: int) -> Lot:
 
     def keys() -> Iterator[Tensor]:
         for start in range(0, total, _CHUNK):
-            yield ((every.lots(start, min(_CHUNK, total - start), like.device) + 0.5) * 2.0**25).long()
+            yield ((every.lots(start, min(_CHUNK, total - start), like.device).double() + 0.5) * 2.0**25).long()
 
     found, _ = kth_smallest(keys, 26, count)
     return Lot(seed, key, found * 2.0**-25 - 0.5)

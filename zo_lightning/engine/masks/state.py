@@ -110,7 +110,8 @@ class Masks:
         """Numbers and small tensors; bits and lists as they are."""
         chosen, last = (None if some is None else {key: encode(mask) for key, mask in some.items()} for some in (self.chosen, self._last))
         measured = [(list(change.seeds), [list(own) for _, own in change.steps]) for change in self._measured]
-        return {"number": self.number, "among": sorted(self._among), "chosen": chosen, "last": last, "measured": measured}
+        mask = None if self.mask is None else self.mask.described()
+        return {"mask": mask, "number": self.number, "among": sorted(self._among), "chosen": chosen, "last": last, "measured": measured}
 
     def load_state_dict(self, state: dict[str, Any], device_of: dict[int, torch.device]) -> None:
         """Take over what `state_dict` returned."""
