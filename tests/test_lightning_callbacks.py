@@ -251,6 +251,7 @@ def test_no_batch_at_all_is_no_step(tmp_path: Path) -> None:
 def test_command_line_interface(arguments: list[str], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's own
+    monkeypatch.setattr("sys.argv", ["script.py"])
     cli = lightning(f"{name}.cli").LightningCLI
     common = "--trainer.accelerator=cpu --trainer.max_steps=2 --trainer.logger=false --trainer.enable_progress_bar=false".split()
     common += ["--trainer.enable_checkpointing=false", "--trainer.enable_model_summary=false"]

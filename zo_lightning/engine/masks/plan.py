@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import Field, dataclass, fields, is_dataclass
+from typing import Any
 
 from zo_lightning.engine.masks.parts import Blockwise, HalfLayers, LayerSampling, Structured, Where
 from zo_lightning.engine.masks.rules import Chosen, Draw, LargeWeights, Layer, MaskRule, NofM, Random, SmallWeights
@@ -105,10 +106,10 @@ class Mask:
 
     def described(self) -> str:
         """The options in words; functions are only said to be some, for they look different in each process."""
-        kind, own = self.rule, fields(self)[1:]
-        rule = [f"{field.name}={_words(getattr(kind, field.name))}" for field in (fields(kind) if is_dataclass(kind) else ())]
-        rest = [f"{field.name}={_words(getattr(self, field.name))}" for field in own]
-        return f"{type(kind).__name__}({', '.join(rule)}), {', '.join(rest)}"
+        known: tuple[Field[Any], ...] = fields(self.rule) if is_dataclass(self.rule) else ()
+        rule = [f"{field.name}={_words(getattr(self.rule, field.name))}" for field in known]
+        rest = [f"{field.name}={_words(getattr(self, field.name))}" for field in fields(self)[1:]]
+        return f"{type(self.rule).__name__}({', '.join(rule)}), {', '.join(rest)}"
 
     def number(self, step: int) -> int:
         """Which mask, counted from 0, a step has. Where the rule measures, even masks are those of the steps that do."""
