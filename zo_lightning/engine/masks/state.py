@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -163,9 +162,3 @@ def decode(state: dict[str, Any] | None, device: torch.device) -> Members | None
     if state["kind"] == "bits":
         return Bits(state["words"].to(device))
     return Listed(state["index"].to(device))
-
-
-def digest(mask: Members) -> str:
-    """A fingerprint of stored bits or a list (BLAKE2b)."""
-    stored: Tensor = mask.words if isinstance(mask, Bits) else mask.index  # type: ignore[attr-defined]
-    return hashlib.blake2b(stored.cpu().contiguous().view(torch.uint8).numpy().tobytes(), digest_size=32).hexdigest()

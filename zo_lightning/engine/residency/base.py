@@ -91,14 +91,13 @@ class Residency(ABC):
     def displaced(
         self,
         parameters: Sequence[Trained],
-        outs: Sequence[Tensor] | None,
+        outs: Sequence[Tensor],
         point: Displacement,
         eps: Sequence[float],
         rows: Tensor | None = None,
     ) -> list[Item]:
-        """Items that write theta + sum_j m_j eps z(s_j) into `outs`, into some rows of them where `rows` is given; None: into theta."""
-        bases = [p.tensor.detach() for p in parameters]
+        """Items that write theta + sum_j m_j eps z(s_j) into `outs`, into some rows of them where `rows` is given."""
         return [
-            Item(out, base, p.key, 1.0, tuple(multiple * eps[p.group] for _, multiple in point), rows, self.masks.of(p.key))
-            for p, base, out in zip(parameters, bases, bases if outs is None else outs, strict=True)
+            Item(out, p.tensor.detach(), p.key, 1.0, tuple(multiple * eps[p.group] for _, multiple in point), rows, self.masks.of(p.key))
+            for p, out in zip(parameters, outs, strict=True)
         ]

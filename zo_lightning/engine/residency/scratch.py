@@ -111,7 +111,8 @@ class OnScratch(Residency):
         try:
             with held(), _without_modes():
                 self._swap = self._swap or Swap(listed)
-                sweep(self._swap.items(point, eps), [seed for seed, _ in point], self.noise, rounding=point[0][0])
+                items = self._swap.compact(self.displaced([p for p, _ in listed], self._swap.displaced, point, eps))
+                sweep(items, [seed for seed, _ in point], self.noise, rounding=point[0][0])
                 self._swap.leave()
             self.materialized += 1
             yield
@@ -126,7 +127,7 @@ class OnScratch(Residency):
                 swap.home()
 
     def _write(
-        self, todo: Sequence[Trained], outs: Sequence[Tensor] | None, point: Displacement, eps: Sequence[float], rows: Tensor | None = None
+        self, todo: Sequence[Trained], outs: Sequence[Tensor], point: Displacement, eps: Sequence[float], rows: Tensor | None = None
     ) -> None:
         if not todo:
             return

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from zo_lightning.engine.estimators import Displacement
 from zo_lightning.engine.noise import Item
 from zo_lightning.engine.noise.members import Listed
 from zo_lightning.engine.noise.sweep import put, take
@@ -23,20 +22,21 @@ class Swap:
     def __init__(self, parameters: Sequence[tuple[Trained, Listed]]) -> None:
         self._parameters = list(parameters)
         self._base = [take(p.tensor.detach(), mask.index) for p, mask in parameters]
-        self._displaced = [torch.empty_like(base) for base in self._base]
+        self.displaced = [torch.empty_like(base) for base in self._base]
+        """The values of the next point."""
         self.away = False
 
-    def items(self, point: Displacement, eps: Sequence[float]) -> list[Item]:
-        """What computes the displaced values, without touching the weights."""
+    def compact(self, items: Sequence[Item]) -> list[Item]:
+        """Items of whole weights, as items of what is listed of them: they write `displaced`, and touch no weight."""
         return [
-            Item(out, base, p.key, 1.0, tuple(multiple * eps[p.group] for _, multiple in point), places=mask.index)
-            for (p, mask), base, out in zip(self._parameters, self._base, self._displaced, strict=True)
+            item._replace(base=base, mask=None, places=mask.index)
+            for item, base, (_, mask) in zip(items, self._base, self._parameters, strict=True)
         ]
 
     def leave(self) -> None:
         """Write the displaced values into the weights."""
         self.away = True
-        self._write(self._displaced)
+        self._write(self.displaced)
 
     def home(self) -> None:
         """Put the base values back, bit for bit."""

@@ -71,16 +71,13 @@ class Stepper:
 
     def _on_base(self, records: Sequence[StepRecord]) -> None:
         changes = [self._change(record) for record in records if not record.skipped]
-        if self._segment.rounding == "nearest":
-            self._apply(self._trained, changes)
-        else:
-            self._apply(self._masters.instead_of([p for p in self._trained if self._masks.trains(p.key)]), changes)
-            self._masters.write_back()
-
-    def _apply(self, trained: Sequence[Trained], changes: Sequence[Change]) -> None:
-        moving = [p for p in trained if self._masks.trains(p.key)]
+        moving = [p for p in self._trained if self._masks.trains(p.key)]
         masks = {p.key: mask for p in moving if (mask := self._masks.of(p.key)) is not None}
-        apply_changes(moving, changes, self._noise, masks)
+        if self._segment.rounding == "nearest":
+            apply_changes(moving, changes, self._noise, masks)
+        else:
+            apply_changes(self._masters.instead_of(moving), changes, self._noise, masks)
+            self._masters.write_back()
 
     def _in_place(self, records: Sequence[StepRecord]) -> None:
         residency = InPlace(None, self._trained, self._noise)
