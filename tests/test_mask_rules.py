@@ -26,7 +26,7 @@ from zo_lightning.engine.masks import (
 )
 from zo_lightning.engine.masks.report import shares
 from zo_lightning.engine.masks.rules import Draw, Layer
-from zo_lightning.engine.masks.select import band, counts_of_all, kth_smallest, lot, top
+from zo_lightning.engine.masks.select import band, counts_of_all, kth_smallest, lot
 from zo_lightning.engine.noise.members import Listed
 from zo_lightning.engine.parameters import collect, names_of
 from zo_lightning.engine.seeds import parameter_key
@@ -107,12 +107,6 @@ def test_a_global_budget_is_one_sort_of_all_layers() -> None:
         order = (-size if largest else size).argsort(stable=True)[:2000]
         owner = torch.cat([torch.full((t.numel(),), i) for i, t in enumerate(tensors)])[order]
         assert counts_of_all(tensors, 2000, largest) == torch.bincount(owner, minlength=3).tolist()
-
-
-def test_top_takes_the_first_of_equal_scores_and_no_nan() -> None:
-    scores = torch.tensor([1.0, 3.0, float("nan"), 3.0, 3.0, 2.0])
-    assert top(scores, 2).tolist() == [False, True, False, True, False, False]
-    assert top(scores, 5).tolist() == [True, True, False, True, True, True]
 
 
 # ---- rules on a model

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zo_lightning.engine.masks.rules import Chosen, Draw, Layer, MaskRule, listed
-from zo_lightning.engine.masks.select import top
+from zo_lightning.engine.masks.select import band
 from zo_lightning.engine.messages import check_count
 from zo_lightning.engine.noise.members import Bits, Members
 
@@ -194,12 +194,12 @@ class Structured(MaskRule):
         groups = size // self.group
         count = min(groups, max(1, round(density * groups)))
         if self.by == "random":
-            scores = torch.zeros(groups)
-            scores[draw.random(layer.name).sample(range(groups), count)] = 1.0
+            kept = torch.zeros(groups, dtype=torch.bool, device=matrix.device)
+            kept[draw.random(layer.name).sample(range(groups), count)] = True
         else:
             norms = torch.stack([part.float().square().sum() for part in matrix.split(self.group)])
-            scores = norms if self.by == "large" else -norms
-        return top(scores.to(matrix.device), count).repeat_interleave(self.group)
+            kept = band(norms, count, largest=self.by == "large").keep(norms, 0)
+        return kept.repeat_interleave(self.group)
 
 
 def _stored(keep: Tensor, tensor: Tensor) -> Members | None:

@@ -112,17 +112,22 @@ def listed(members: Members, tensor: Tensor, count: int) -> Members:
     return Listed(torch.cat(found))
 
 
+def stored(members: Members, tensor: Tensor, count: int) -> Members:
+    """What `members` are at these weights, as a list or as bits: fixed until the next refresh."""
+    few = listed(members, tensor, count)
+    return few if isinstance(few, Listed) else Bits.taken(members, tensor.detach())
+
+
 def following(tensor: Tensor, count: int, largest: bool) -> Members:
     """The smallest or largest, followed by their threshold.
 
     Where more than a quarter of them equal it (the zeros of a new adapter, the ones of a norm), the first update would take them to either
     side of it; then they are kept until the next refresh.
     """
-    mask, flat = band(tensor, count, largest), tensor.detach().reshape(-1)
-    beyond = sum(int(((p.abs() > mask.bound) if largest else (p.abs() < mask.bound)).sum()) for p in flat.split(1 << 20))
-    if count < LIST_BELOW * tensor.numel() or 4 * (count - beyond) <= count:
-        return listed(mask, tensor, count)
-    return Bits.taken(mask, flat)
+    mask = band(tensor, count, largest)
+    pieces = tensor.detach().reshape(-1).split(1 << 20)
+    beyond = sum(int(((piece.abs() > mask.bound) if largest else (piece.abs() < mask.bound)).sum()) for piece in pieces)
+    return (stored if 4 * (count - beyond) > count else listed)(mask, tensor, count)
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zo_lightning.engine.masks.rules import ByLayer, Chosen, Draw, Layer, MaskRule, listed
+from zo_lightning.engine.masks.rules import ByLayer, Chosen, Draw, Layer, stored
 from zo_lightning.engine.masks.select import band
 from zo_lightning.engine.messages import check_count
-from zo_lightning.engine.noise.members import Bits, Listed, Members
+from zo_lightning.engine.noise.members import Members
 from zo_lightning.engine.randomness import host_state
 
 
@@ -23,9 +23,7 @@ def largest(layer: Layer, scores: Tensor, count: int) -> Members:
     """
     if not scores.isfinite().all():
         raise ValueError(f"The scores of {layer.name!r}, from which its mask is made, are not all finite. Use float32 or bfloat16.")
-    best = band(scores, count, largest=True)
-    few = listed(best, scores, count)
-    return few if isinstance(few, Listed) else Bits.taken(best, scores)
+    return stored(band(scores, count, largest=True), scores, count)
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ def _described(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class PrincipalWeights(MaskRule):
+class PrincipalWeights(ByLayer):
     """m[i, j] = 1[|(U_r S_r V_r^T)[i, j]| >= t]: the largest weights of each matrix's best approximation of rank r.
 
     LIFT (arXiv 2506.00772), which trains the 5 % of all matrices that are so, and nothing else. The approximation is a randomized singular
@@ -127,13 +125,10 @@ class PrincipalWeights(MaskRule):
                 "layers are. Use PrincipalWeights(vectors='rest') to leave vectors untrained, as LIFT does, or name them in exclude= "
                 "(trained in full) or frozen=."
             )
-        chosen: Chosen = {}
-        for layer in layers:
-            count = counts[layer.key]
-            if layer.tensor.dim() > 1 and count:
-                whole = count == layer.tensor.numel()
-                chosen[layer.key] = None if whole else largest(layer, self._approximation(layer, draw).reshape(-1), count)
-        return chosen
+        return super().choose([layer for layer in layers if layer.tensor.dim() > 1], counts, draw)
+
+    def of_layer(self, layer: Layer, count: int, draw: Draw) -> Members:
+        return largest(layer, self._approximation(layer, draw).reshape(-1), count)
 
     def _approximation(self, layer: Layer, draw: Draw) -> Tensor:
         matrix = layer.tensor.detach().flatten(1).float()

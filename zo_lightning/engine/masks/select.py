@@ -82,16 +82,6 @@ def lot(seed: int, key: int, like: Tensor, count: int) -> Lot:
     return Lot(seed, key, found * 2.0**-25 - 0.5)
 
 
-def top(scores: Tensor, count: int) -> Tensor:
-    """bool of the shape of `scores`: the `count` largest, among equal ones those that come first; NaN counts as the smallest."""
-    flat = scores.reshape(-1).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    bound = flat.kthvalue(flat.numel() - count + 1).values
-    keep = flat > bound
-    equal = torch.nonzero(flat == bound).reshape(-1)
-    keep[equal[: count - int(keep.sum())]] = True
-    return keep.view(scores.shape)
-
-
 def counts_of_all(tensors: Sequence[Tensor], count: int, largest: bool) -> list[int]:
     """How many of the `count` smallest (largest) absolute values of all tensors are in each; among equal ones those of earlier tensors."""
 
