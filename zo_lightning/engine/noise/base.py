@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from zo_lightning.engine.noise.members import Members
 
 
+def compute_dtype(weights: torch.dtype) -> torch.dtype:
+    """What weights of a dtype are computed in: float64 for float64, else float32."""
+    return torch.float64 if weights == torch.float64 else torch.float32
+
+
 class Stretch(NamedTuple):
     """Elements `first` to `first + length` of the stream in row `row` of a table of keys."""
 

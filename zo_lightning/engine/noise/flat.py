@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from zo_lightning.engine.noise.base import Drawn, Noise, Stretch
+from zo_lightning.engine.noise.base import Drawn, Noise, Stretch, compute_dtype
 from zo_lightning.engine.noise.dither import dither
 from zo_lightning.engine.noise.rounding import fused_stochastic, stochastic
 
@@ -19,7 +19,7 @@ class Small:
         self.tensors = list(tensors)
         self.lengths = [tensor.numel() for tensor in self.tensors]
         self.dtype, self.device = self.tensors[0].dtype, self.tensors[0].device
-        self.compute = compute_dtype(self.tensors[0])
+        self.compute = compute_dtype(self.tensors[0].dtype)
 
     def gather(self) -> Tensor:
         """Their values, in a new tensor."""
@@ -36,11 +36,6 @@ class Small:
         """Write the values into tensors of these shapes."""
         for out, piece in zip(outs, values.split(self.lengths), strict=True):
             out.copy_(piece.view(out.shape))
-
-
-def compute_dtype(base: Tensor) -> torch.dtype:
-    """float64 for float64 weights, else float32."""
-    return torch.float64 if base.dtype == torch.float64 else torch.float32
 
 
 def step_flat(
@@ -65,7 +60,7 @@ def step_flat(
 
 def total_of(drawn: Iterable[Tensor], coefficients: Sequence[float | Tensor], base: Tensor) -> Tensor:
     """sum_j c_j z_j, in the order of the terms."""
-    dtype = compute_dtype(base)
+    dtype = compute_dtype(base.dtype)
     total = torch.zeros((), dtype=dtype, device=base.device)
     for j, (c, z) in enumerate(zip(coefficients, drawn, strict=True)):
         scaled = z.to(dtype) * _cast(c, dtype)
@@ -83,7 +78,7 @@ def moved(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """decay * base + total, wide, or with a dither rounded to `dtype` (None: that of `base`); `base` outside `keep`."""
-    compute = compute_dtype(base)
+    compute = compute_dtype(base.dtype)
     wide = base.to(compute)
     if dithered is None:
         result = (wide * _cast(decay, compute)).add_(total)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zo_lightning.engine.noise.base import Stretch, constants
+from zo_lightning.engine.noise.base import Stretch, compute_dtype, constants
 from zo_lightning.engine.noise.dither import BLOCK, Dithers, dither, dither_at, lanes
 from zo_lightning.engine.noise.inside import Bounds, Inside, Lots, Plain, Ties, Words, bits_of
 from zo_lightning.engine.seeds import stream
@@ -62,7 +62,7 @@ class Band(Members):
     def inside(self, base: Tensor, start: int) -> Inside:
         if base.dtype != self.dtype:
             return super().inside(base, start)
-        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        wide = compute_dtype(self.dtype)
         count, device = base.numel(), base.device
         ties = min(max(self.last + 1 - start, 0), count)
         low, high = (self.bound, math.inf) if self.largest else (-1.0, self.bound)
@@ -81,7 +81,7 @@ class Band(Members):
 
     def _bounds(self, device: torch.device) -> Tensor:
         sign = -1.0 if self.largest else 1.0
-        return constants((self.bound * sign, sign), torch.float64 if self.dtype == torch.float64 else torch.float32, device)
+        return constants((self.bound * sign, sign), compute_dtype(self.dtype), device)
 
     @classmethod
     def together(cls, members: Sequence[Members], values: Sequence[Tensor]) -> Tensor:
@@ -89,7 +89,7 @@ class Band(Members):
         flat = torch.cat(list(values))
         if any(band.dtype != bands[0].dtype for band in bands):
             return super().together(members, values)
-        wide = torch.float64 if bands[0].dtype == torch.float64 else torch.float32
+        wide = compute_dtype(bands[0].dtype)
         signs = [-1.0 if band.largest else 1.0 for band in bands]
         table = torch.tensor([[b.bound * s for b, s in zip(bands, signs, strict=True)], signs], dtype=wide).to(flat.device)
         place, owner = _places(tuple(len(value) for value in values), flat.device)
@@ -109,7 +109,7 @@ def _places(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Ten
 
 @dataclass(frozen=True)
 class Lot(Members):
-    """u[i] <= cut, with u[i] in [-1/2, 1/2] a function of (seed, parameter key, i), uniform and pairwise independent (rounding.dither)."""
+    """u[i] <= cut, with u[i] in [-1/2, 1/2] a function of (seed, parameter key, i), uniform and pairwise independent (dither.dither)."""
 
     seed: int
     key: int

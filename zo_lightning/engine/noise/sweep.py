@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zo_lightning.engine.noise.base import Drawn, Noise, constants
+from zo_lightning.engine.noise.base import Drawn, Noise, compute_dtype, constants
 from zo_lightning.engine.noise.compiling import available
 from zo_lightning.engine.noise.dither import dither, dither_at
-from zo_lightning.engine.noise.flat import Small, compute_dtype, moved, step_flat, total_of
+from zo_lightning.engine.noise.flat import Small, moved, step_flat, total_of
 from zo_lightning.engine.noise.inside import choose_into
 from zo_lightning.engine.noise.members import Listed, Members
 from zo_lightning.engine.noise.rounding import rounds, settle
@@ -256,7 +256,7 @@ def compiled(item: Item, out: Tensor, base: Tensor, start: int, drawn: Drawn, no
 
     `out` and `base` (which may be one object) are the part of the item that begins at element `start`, a multiple of 2**19.
     """
-    dtype, device = compute_dtype(base), base.device
+    dtype, device = compute_dtype(base.dtype), base.device
     if len(item.coefficients) == 1:
         c = item.coefficients[0]
         if drawn.rounded:
