@@ -18,8 +18,7 @@ from zo_lightning.engine.trajectory.fingerprint import frozen_fingerprint, train
 from zo_lightning.engine.trajectory.log import Log, read_log
 from zo_lightning.engine.trajectory.masks import follow, record_of
 from zo_lightning.engine.trajectory.records import LOST, MAX_POINTS, Checkpoint, End, Mark, MaskRecord, Record, Segment
-from zo_lightning.engine.trajectory.targets import match
-from zo_lightning.engine.trajectory.weights import load_base, save_base
+from zo_lightning.engine.trajectory.weights import base_of, save_base
 from zo_lightning.engine.trajectory.writer import Fsync, LogWriter, set_aside
 
 if TYPE_CHECKING:
@@ -146,11 +145,8 @@ class Trajectory(Journal):
 
     def _load(self, optimizer: ZOOptimizer, segment: Segment) -> bool:
         """Give the optimizer the weights that a segment begins with, from its file."""
-        path = None if segment.base is None else self.folder / segment.base
-        if path is None or not os.path.isfile(path):
-            return False
-        loaded, goals = match(load_base(path), segment), {p.name: p.tensor for p in optimizer.residency.trained}
-        if trained_fingerprint(loaded) != segment.fingerprint or goals.keys() != {p.name for p in loaded}:
+        loaded, goals = base_of(segment, self.folder), {p.name: p.tensor for p in optimizer.residency.trained}
+        if loaded is None or goals.keys() != {p.name for p in loaded}:
             return False
         with torch.inference_mode(False), torch.no_grad():
             for source in loaded:

@@ -14,7 +14,10 @@ from torch import Tensor
 
 from zo_lightning.engine.parameters import Trained
 from zo_lightning.engine.trajectory.atomic import replacing
+from zo_lightning.engine.trajectory.fingerprint import trained_fingerprint
 from zo_lightning.engine.trajectory.frames import LogError
+from zo_lightning.engine.trajectory.records import Segment
+from zo_lightning.engine.trajectory.targets import match
 
 
 def save_base(path: str | os.PathLike[str], trained: Sequence[Trained]) -> None:
@@ -46,3 +49,12 @@ def load_base(
             return load_file(path, device=str(device))  # views of a private map: writing to them leaves the file alone
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise LogError(f"{path} is not a safetensors file that can be read: {error}. {advice}") from error
+
+
+def base_of(segment: Segment, folder: Path) -> list[Trained] | None:
+    """The weights that a segment begins with; None where their file is not there, or has others. LogError as of `load_base`."""
+    path = None if segment.base is None else folder / segment.base
+    if path is None or not path.is_file():
+        return None
+    loaded = match(load_base(path), segment)
+    return loaded if trained_fingerprint(loaded) == segment.fingerprint else None
