@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from hf_tools import bert, texts, trainer, weights
-from log_worker import CutError, Scissors
+from scissors import CutError, Scissors
 
 from zo_lightning.callbacks import TrajectoryLog
 

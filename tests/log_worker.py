@@ -9,25 +9,10 @@ from pathlib import Path
 
 import torch
 from lightning_models import lightning, lit, loader, loss_of, net, state, trainer
+from scissors import CutError, Scissors
 
-from zo_lightning.callbacks import Run, TrajectoryLog, ZOCallback
-from zo_lightning.engine import StepReport
+from zo_lightning.callbacks import TrajectoryLog
 from zo_lightning.strategy import ZODDPStrategy
-
-
-class CutError(Exception):
-    """What a kill is in these runs."""
-
-
-class Scissors(ZOCallback):
-    """Ends every rank after a number of steps."""
-
-    def __init__(self, after: int) -> None:
-        self.after = after
-
-    def on_zo_step(self, run: Run, report: StepReport) -> None:
-        if run.optimizer.steps == self.after:
-            raise CutError
 
 
 class Module(lit()):  # type: ignore[misc]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from keeper_tools import equal
 from lightning_models import HOST_WARNINGS, NAMES, lit, loader, loss_of, net
+from scissors import CutError, Scissors
 
 from zo_lightning.callbacks import Run, SparseMask, TrajectoryLog, ZOCallback
 from zo_lightning.engine import StepReport, ZOOptimizer
@@ -22,22 +23,15 @@ pytestmark = [pytest.mark.filterwarnings(text) for text in HOST_WARNINGS]
 pytestmark += [pytest.mark.filterwarnings(r"ignore:The run in .* was cut off:zo_lightning.engine.messages.ZOWarning")]
 
 
-class CutError(Exception):
-    """What a kill is in these tests."""
+class Watch(ZOCallback):
+    """Keeps a mask's charts and the learning rates."""
 
-
-class Scissors(ZOCallback):
-    """Ends the run after a number of steps, and keeps the charts and the learning rates."""
-
-    def __init__(self, after: int | None = None, mask: SparseMask | None = None) -> None:
-        self.after, self.mask, self.charts, self.rates = after, mask, list[dict[str, float]](), list[float]()
+    def __init__(self, mask: SparseMask) -> None:
+        self.mask, self.charts, self.rates = mask, list[dict[str, float]](), list[float]()
 
     def on_zo_step(self, run: Run, report: StepReport) -> None:
-        if self.mask is not None:
-            self.charts.append(self.mask.metrics())
-            self.rates.append(report.lr)
-        if run.optimizer.steps == self.after:
-            raise CutError
+        self.charts.append(self.mask.metrics())
+        self.rates.append(report.lr)
 
 
 def fit(folder: Path, mask: SparseMask, *more: Any, name: str = NAMES[0], seed: int = 0, path: Path | None = None) -> Any:
@@ -69,7 +63,7 @@ def test_lightning_makes_the_engines_masked_steps(name: str, tmp_path: Path, cap
     torch.manual_seed(0)
     plain = net()
     optimizer = ZOOptimizer(plain, lr=0.01, weight_decay=0.1, eps=1e-2, weights="exact", mask=Mask("small_weights", **given))
-    watch = Scissors(mask=SparseMask("small_weights", **given))
+    watch = Watch(SparseMask("small_weights", **given))
     module = fit(tmp_path, watch.mask, watch, name=name)  # type: ignore[arg-type]
     torch.manual_seed(0)
     batches = loader(shuffle=True)
@@ -94,7 +88,7 @@ def test_lightning_measures_as_the_engine_does(name: str, tmp_path: Path, capsys
     plain = net()
     mask = Mask(Sensitive(steps=3), 0.3, refresh=7)
     optimizer = ZOOptimizer(plain, lr=0.01, weight_decay=0.1, eps=1e-2, weights="exact", mask=mask)
-    watch = Scissors(mask=SparseMask(Sensitive(steps=3), 0.3, refresh=7))
+    watch = Watch(SparseMask(Sensitive(steps=3), 0.3, refresh=7))
     module = fit(tmp_path, watch.mask, watch, name=name)  # type: ignore[arg-type]
     torch.manual_seed(0)
     batches, rates = loader(shuffle=True), []
@@ -126,7 +120,7 @@ def test_a_checkpoint_of_steps_that_measure_goes_on(step: int, tmp_path: Path) -
     def mask() -> SparseMask:
         return SparseMask(Sensitive(steps=3), 0.3, refresh=7, summary=False)
 
-    watch, again = Scissors(mask=mask()), Scissors(mask=mask())
+    watch, again = Watch(mask()), Watch(mask())
     whole = fit(tmp_path / "whole", watch.mask, watch, saved())  # type: ignore[arg-type]
     path = next((tmp_path / "whole").rglob(f"step={step}.ckpt"))
     module = fit(tmp_path / "again", again.mask, again, saved(), seed=7, path=path)  # type: ignore[arg-type]
@@ -165,7 +159,7 @@ def test_another_mask_does_not_go_on(tmp_path: Path) -> None:
 
 
 def test_charts_of_layers_can_be_switched_off(tmp_path: Path) -> None:
-    watch = Scissors(mask=SparseMask("random", 0.3, refresh=5, summary=False, layers=False))
+    watch = Watch(SparseMask("random", 0.3, refresh=5, summary=False, layers=False))
     fit(tmp_path, watch.mask, watch)  # type: ignore[arg-type]
     assert watch.charts[0].keys() == {"zo/mask/density"}
     assert watch.charts[5].keys() == {"zo/mask/density", "zo/mask/overlap"}
@@ -181,7 +175,7 @@ def test_a_pattern_that_fits_nothing_is_an_error_before_the_first_step(tmp_path:
     watch = Scissors()
     with pytest.raises(ValueError, match="exclude: the pattern 'bais' fits no trained layer"):
         fit(tmp_path, SparseMask("random", 0.5, exclude="bais"), watch)
-    assert not watch.charts
+    assert not watch.reports
 
 
 def test_the_users_own_mask(tmp_path: Path) -> None:

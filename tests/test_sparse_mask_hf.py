@@ -9,6 +9,7 @@ import pytest
 import torch
 from hf_tools import bert, llama, losses, same, texts, tokens, trainer, weights
 from peft import LoraConfig, get_peft_model
+from scissors import CutError, Scissors
 from transformers import default_data_collator
 
 from zo_lightning.callbacks import Run, SparseMask, TrajectoryLog, ZOCallback
@@ -19,21 +20,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings(r"ignore:The run in .* was cut off:zo_lightning.engine.messages.ZOWarning"),
 ]
-
-
-class CutError(Exception):
-    """What a kill is in these tests."""
-
-
-class Scissors(ZOCallback):
-    """Ends the run after a number of steps."""
-
-    def __init__(self, after: int) -> None:
-        self.after = after
-
-    def on_zo_step(self, run: Run, report: StepReport) -> None:
-        if run.optimizer.steps == self.after:
-            raise CutError
 
 
 class Rates(ZOCallback):

@@ -13,6 +13,7 @@ import torch
 from hf_tools import Regression, arguments, bert, llama, numbers, sentences, texts, tokenizer, tokens, trainer, weights
 from keeper_tools import equal
 from peft import LoraConfig, get_peft_model
+from scissors import CutError, Scissors
 from transformers import EarlyStoppingCallback
 
 from zo_lightning.callbacks import Run, TrajectoryLog, ZOCallback, ZOMonitor
@@ -28,21 +29,6 @@ pytestmark = [CHANGED, LORA, pytest.mark.filterwarnings(r"ignore:The run in .* w
 LOG = "trajectory.zolog"
 UNLIKE = ("train_runtime", "eval_runtime", "train_loss", "total_flos")
 """What the host measures anew, or takes the mean of over the steps since its last start."""
-
-
-class CutError(Exception):
-    """What a kill is in these tests."""
-
-
-class Scissors(ZOCallback):
-    """Ends the run after a number of steps of the engine."""
-
-    def __init__(self, after: int | None, error: type[BaseException] = CutError) -> None:
-        self.after, self.error = after, error
-
-    def on_zo_step(self, run: Run, report: StepReport) -> None:
-        if run.optimizer.steps == self.after:
-            raise self.error
 
 
 def lora(seed: int) -> Any:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from keeper_tools import equal
 from lightning_models import HOST_WARNINGS, NAMES, lightning, lit, loader, loss_of, net
+from scissors import CutError, Scissors
 
 from zo_lightning.callbacks import Run, TrajectoryLog, ZOCallback, ZOMonitor
 from zo_lightning.engine import StepReport
@@ -22,23 +23,6 @@ from zo_lightning.strategy import ZOStrategy
 pytestmark = [pytest.mark.filterwarnings(text) for text in HOST_WARNINGS]
 pytestmark += [pytest.mark.filterwarnings(r"ignore:The run in .* was cut off:zo_lightning.engine.messages.ZOWarning")]
 LOG = "trajectory.zolog"
-
-
-class CutError(Exception):
-    """What a kill is in these tests."""
-
-
-class Scissors(ZOCallback):
-    """Ends the run after a number of steps of the engine."""
-
-    def __init__(self, after: int | None, error: type[BaseException] = CutError) -> None:
-        self.after, self.error = after, error
-        self.reports: list[StepReport] = []
-
-    def on_zo_step(self, run: Run, report: StepReport) -> None:
-        self.reports.append(report)
-        if run.optimizer.steps == self.after:
-            raise self.error
 
 
 # ---- Lightning
