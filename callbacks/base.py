@@ -100,8 +100,16 @@ class ZOCallback:
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Lightning's own hook: say so where nobody will ask this callback for anything."""
         if not hasattr(trainer.strategy, "zo_optimizer"):
-            name = type(self).__name__
-            say_once(f"callback.{name}", f'{name} does nothing here: training is by backpropagation. Use Trainer(strategy="zo").')
+            self._say_idle('Trainer(strategy="zo")')
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        """Hugging Face's, likewise."""
+        if engine_of(optimizer) is None:
+            self._say_idle('ZOTrainer, and optim="zo"')
+
+    def _say_idle(self, use: str) -> None:
+        name = type(self).__name__
+        say_once(f"callback.{name}", f"{name} does nothing here: training is by backpropagation. Use {use}.")
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         if name.startswith("on_") or name in ("setup", "teardown"):
@@ -111,6 +119,13 @@ class ZOCallback:
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
     """A hook of the host that forward-only callbacks have no use for."""
+
+
+def engine_of(optimizer: Any) -> ZOOptimizer | None:
+    """The engine behind a host's wrappers of its optimizer; None where it is another one."""
+    while optimizer is not None and not isinstance(optimizer, ZOOptimizer):
+        optimizer = getattr(optimizer, "optimizer", None)
+    return optimizer
 
 
 def zo_callbacks(callbacks: Iterable[Any]) -> list[ZOCallback]:

@@ -16,7 +16,7 @@ from accelerate.utils import DynamoBackend
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from zo_lightning.callbacks.base import zo_callbacks
+from zo_lightning.callbacks.base import engine_of, zo_callbacks
 from zo_lightning.engine import ZOOptimizer
 from zo_lightning.engine.messages import say_once
 from zo_lightning.engine.options import EngineOptions
@@ -131,9 +131,7 @@ class ZOTrainerMixin(_Host):
     @property
     def zo_optimizer(self) -> ZOOptimizer:
         """The engine behind the host's wrappers; ``RuntimeError`` before ``train()`` (or ``create_optimizer()``)."""
-        optimizer: Any = self.optimizer
-        while optimizer is not None and not isinstance(optimizer, ZOOptimizer):
-            optimizer = getattr(optimizer, "optimizer", None)
+        optimizer = engine_of(self.optimizer)
         if optimizer is None:
             raise RuntimeError("This trainer has no ZOOptimizer: train() or create_optimizer() makes it.")
         return optimizer

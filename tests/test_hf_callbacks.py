@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import warnings
 from collections import deque
 from itertools import pairwise
 from pathlib import Path
@@ -10,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from hf_tools import bert, losses, trainer
+from hf_tools import arguments, bert, losses, trainer
 from torchmetrics import CatMetric, SumMetric
 from torchmetrics.classification import BinaryAccuracy
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from zo_lightning.callbacks.base import ZOCallback
 from zo_lightning.callbacks.monitor import ZOMonitor
+from zo_lightning.callbacks.sparse_mask import SparseMask
 from zo_lightning.engine import SPSA, ZOOptimizer
 from zo_lightning.hf_integration import ZOTrainer
 
@@ -209,3 +212,28 @@ def test_counters_in_a_loss_are_the_same_in_all_its_evaluations(weights: str, tm
     host.train()
     assert seen == [(2.0 * step, 2.0 * step) for step in range(1, 5)]
     assert (host.calls, host.model.calls) == (4, 4)
+
+
+@pytest.mark.parametrize("kind", [Trainer, ZOTrainer], ids=["Trainer", "ZOTrainer"])
+def test_callbacks_say_once_that_backpropagation_has_no_use_for_them(kind: type, tmp_path: Path) -> None:
+    told = r'SparseMask does nothing here: training is by backpropagation. Use ZOTrainer, and optim="zo".'
+    args = arguments(tmp_path, optim="adamw_torch")
+    host = trainer(
+        tmp_path,
+        kind=functools.partial(kind, optim="adamw_torch") if kind is ZOTrainer else kind,
+        args=args,
+        callbacks=[SparseMask("small_weights", 0.5)],
+    )
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        host.train()
+        host.train()
+    assert [str(one.message) for one in said if "SparseMask" in str(one.message)] == [told]
+
+
+def test_callbacks_of_a_forward_only_run_say_nothing(tmp_path: Path) -> None:
+    host = trainer(tmp_path, callbacks=[SparseMask("small_weights", 0.5, summary=False)], max_steps=1)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        host.train()
+    assert not [one for one in said if "does nothing" in str(one.message)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from zo_lightning import ZOOptimizer, ZOStrategy
+from zo_lightning.callbacks import SparseMask
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in (*HOST_WARNINGS, "ignore:You defined a `validation_step` but have no")]
 
@@ -348,3 +350,17 @@ def test_random_numbers_of_the_host_are_not_used(tmp_path: Path) -> None:
         assert expected.shape == before[0].shape
         results.append(state(module))
     assert same(*results)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("strategy", "count"), [("auto", 1), ("zo", 0)])
+def test_callbacks_say_once_that_backpropagation_has_no_use_for_them(name: str, strategy: str, count: int, tmp_path: Path) -> None:
+    fit = trainer(
+        tmp_path, name, strategy=strategy, max_steps=1, max_epochs=-1, callbacks=[SparseMask("small_weights", 0.5, summary=False)]
+    )
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fit.fit(lit(name)(net()), loader())
+        fit.fit(lit(name)(net()), loader())
+    told = 'SparseMask does nothing here: training is by backpropagation. Use Trainer(strategy="zo").'
+    assert [str(one.message) for one in said if "does nothing here" in str(one.message)] == [told] * count
