@@ -19,6 +19,13 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from zo_lightning.engine import ZOOptimizer
 from zo_lightning.engine.masks import Mask, NofM, Random, SmallWeights
+from zo_lightning.engine.masks.rules import Draw, Layer
+from zo_lightning.engine.noise.members import Listed
+from zo_lightning.engine.noise.sweep import put, take
+
+_TOUCHES = 5
+_TURN = 4
+"""Steps of one kind in a row, as in training."""
 
 MASKS: dict[str, Mask | None] = {
     "dense": None,
@@ -32,7 +39,8 @@ MASKS: dict[str, Mask | None] = {
 def measure(weights: str, batch: int, length: int, rounds: int) -> list[dict[str, Any]]:
     """Medians in ms, and over the dense step and two forward passes; the kinds of step take turns.
 
-    Also what masks keep between steps in bits a weight, and the peak tensor memory of a step in MB.
+    Also what masks keep between steps in bits a weight, the peak tensor memory of a step in MB, what making a mask takes in ns a weight,
+    and for lists what reading or writing one element in memory takes.
     """
     torch.manual_seed(0)
     model = OPTForCausalLM(OPTConfig(dropout=0.0, attention_dropout=0.0)).eval()
@@ -53,12 +61,15 @@ def measure(weights: str, batch: int, length: int, rounds: int) -> list[dict[str
         optimizer = optimizers[name] = ZOOptimizer(model, lr=1e-9, weights=weights, mask=mask, safeguard=None)
         steps[name] = lambda optimizer=optimizer: optimizer.step(loss)  # type: ignore[misc]
     times: dict[str, list[float]] = {name: [] for name in steps}
+    order = list(steps)
     for index in range(rounds + 1):
-        for name, step in steps.items():
-            began = time.perf_counter()
-            step()
-            if index:  # the first round compiles
-                times[name].append(time.perf_counter() - began)
+        order = order[1:] + order[:1] if index % 2 else order[::-1]  # each is behind each other one now and then
+        for name in order:
+            for turn in range(_TURN):
+                began = time.perf_counter()
+                steps[name]()
+                if index and turn:  # the first round compiles, the first of a turn finds another one's data in the cache
+                    times[name].append(time.perf_counter() - began)
     median = {name: statistics.median(row) for name, row in times.items()}
     count = sum(parameter.numel() for parameter in model.parameters())
     return [
@@ -69,9 +80,41 @@ def measure(weights: str, batch: int, length: int, rounds: int) -> list[dict[str
             "over_two_forwards": value / median["two forwards"],
             "kept_bits_per_weight": 8 * _kept(optimizers[name]) / count if name in optimizers else 0.0,
             "peak_mb": peak_bytes(steps[name], "cpu")[0] / 1e6,
+            "making_ns_per_weight": 1e9 * _making(optimizers[name]) / count if name in optimizers else 0.0,
+            "touch_ns": _touch(optimizers[name]) if name in optimizers else None,
         }
         for name, value in median.items()
     ]
+
+
+def _making(optimizer: ZOOptimizer) -> float:
+    """Seconds to make the mask of all layers, once."""
+    mask, layers = optimizer.masks.mask, [Layer(p.name, p.key, p.tensor, p.group) for p in optimizer.residency.trained]
+    if mask is None:
+        return 0.0
+    began = time.perf_counter()
+    with torch.no_grad():
+        mask.make(layers, mask.counts(layers, 0), Draw(0, 0))
+    return time.perf_counter() - began
+
+
+def _touch(optimizer: ZOOptimizer) -> dict[str, float] | None:
+    """ns to read, and to write, a listed element of the weights that is not in the cache; None without lists."""
+    masks = [(p.tensor.detach(), optimizer.masks.of(p.key)) for p in optimizer.residency.trained]
+    lists = [(tensor, mask.index) for tensor, mask in masks if isinstance(mask, Listed)]
+    if not lists:
+        return None
+    flush, spent = torch.zeros(1 << 26), {"read": 0.0, "write": 0.0}
+    for _ in range(_TOUCHES):
+        for kind in spent:
+            values = [take(tensor, index) for tensor, index in lists]
+            flush.add_(1.0)
+            began = time.perf_counter()
+            for (tensor, index), value in zip(lists, values, strict=True):
+                take(tensor, index) if kind == "read" else put(tensor, index, value)
+            spent[kind] += time.perf_counter() - began
+    touched = _TOUCHES * sum(len(index) for _, index in lists)
+    return {kind: 1e9 * seconds / touched for kind, seconds in spent.items()}
 
 
 def _kept(optimizer: ZOOptimizer) -> int:
@@ -80,6 +123,10 @@ def _kept(optimizer: ZOOptimizer) -> int:
     return sum(
         value.nbytes for mask in chosen.values() if mask is not None for value in vars(mask).values() if isinstance(value, torch.Tensor)
     )
+
+
+def _words(touch: dict[str, float] | None) -> str:
+    return "" if touch is None else f"an element read in {touch['read']:.0f} ns, written in {touch['write']:.0f} ns"
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -94,7 +141,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     rows = measure(options.weights, options.batch, options.length, options.rounds)
     for row in rows:
         times = f"{row['ms']:8.0f} ms   over dense {row['over_dense']:5.3f}  over forwards {row['over_two_forwards']:5.3f}"
-        print(f"{row['step']:30} {times}   keeps {row['kept_bits_per_weight']:5.3f} bits a weight   peak {row['peak_mb']:6.1f} MB")
+        print(f"{row['step']:30} {times}   keeps {row['kept_bits_per_weight']:5.3f} bits a weight   peak {row['peak_mb']:6.1f} MB", end="")
+        print(f"   made in {row['making_ns_per_weight']:4.1f} ns a weight   {_words(row['touch_ns'])}")
     chosen = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items() if name != "json"}
     result = {"environment": environment("cpu"), "options": chosen, "rows": rows}
     if options.json is not None:
