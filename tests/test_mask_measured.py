@@ -185,6 +185,29 @@ def test_a_group_that_comes_while_steps_measure() -> None:
     assert int(found["extra"].sum()) == 10
 
 
+@pytest.mark.parametrize("saved", [False, True], ids=["", "saved"])
+@pytest.mark.parametrize("late", [0, 2, 4])
+def test_a_layer_that_is_unfrozen_after_steps_measured(late: int, saved: bool) -> None:
+    """Its estimate is of the steps that perturbed it; where none did, it is an error and no mask by chance."""
+    model, optimizer = grouped(Mask(Sensitive(steps=4), 0.5), weights="copy", noise="gaussian")
+    model[3].weight.requires_grad_(late == 0)
+    values = windows(model, optimizer, late)
+    model[3].weight.requires_grad_(True)
+    if saved:
+        state = optimizer.state_dict()
+        model, optimizer = grouped(Mask(Sensitive(steps=4), 0.5), weights="copy", noise="gaussian")
+        optimizer.load_state_dict(state)
+    values += windows(model, optimizer, 4 - late)
+    if late == 4:
+        with pytest.raises(ValueError, match=r"No step has measured a gradient of '3\.weight': it is trained only since then. Unfreeze"):
+            windows(model, optimizer, 1)
+        return
+    windows(model, optimizer, 1)
+    expected = top_of(estimates(optimizer, values), 0.5)
+    expected["3.weight"] = top_of(estimates(optimizer, values[late:], first=late), 0.5)["3.weight"]
+    assert equal(masks_of(optimizer), expected)
+
+
 def test_a_step_that_could_not_be_written_down_is_measured_once() -> None:
     model, optimizer = grouped(Mask(Sensitive(steps=4), 0.4), noise="gaussian")
     append = optimizer.journal.append

@@ -275,6 +275,10 @@ def test_options_out_of_range_are_refused_at_once(case: str) -> None:
 
 LATE: dict[str, tuple[Mask, str]] = {
     "no such layer": (Mask("random", 0.5, exclude="*upp.weight"), r"'\*upp.weight' fits no trained layer.*blocks.\d.up.weight"),
+    "a density that another hides": (
+        Mask("random", {"*": 0.5, "*weight": 0.1}),
+        r"density: '\*' stands before '\*weight' and fits its layers, such as '[a-z.0-9]*weight'; .* Put '\*weight' first",
+    ),
     "a layer without density": (Mask("random", {"*weight": 0.5}), r"no pattern fits the layer 'gain'"),
     "nothing left": (Mask(Where(lambda name, w: False)), "leaves nothing to train"),
     "too few": (Mask("random", 1e-6), "leaves nothing to train"),

@@ -123,12 +123,7 @@ class Mask:
 
     def counts(self, layers: Sequence[Layer], step: int) -> dict[int, int]:
         """How many elements of each layer, by key, are to be trained; WHOLE or FROZEN where the rule is not asked. ValueError as above."""
-        names = [layer.name for layer in layers]
-        densities = self.density if isinstance(self.density, Mapping) else {}
-        for option, patterns in (("include", self.include), ("exclude", self.exclude), ("frozen", self.frozen), ("density", densities)):
-            for pattern in patterns:
-                if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-                    raise ValueError(f"{option}: the pattern {pattern!r} fits no trained layer. {_near(pattern, names)}")
+        self._check_patterns([layer.name for layer in layers])
         counts = {}
         for layer in layers:
             if _fits(layer.name, self.frozen):
@@ -147,17 +142,31 @@ class Mask:
             counts.update((layer.key, share) for layer, share in zip(asked, shares, strict=True))
         return counts
 
+    def _check_patterns(self, names: Sequence[str]) -> None:
+        densities = self.density if isinstance(self.density, Mapping) else {}
+        for option, patterns in (("include", self.include), ("exclude", self.exclude), ("frozen", self.frozen), ("density", densities)):
+            for pattern in patterns:
+                fitting = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+                if not fitting:
+                    raise ValueError(f"{option}: the pattern {pattern!r} fits no trained layer. {_near(pattern, names)}")
+                if option == "density" and all(_first(name, densities) != pattern for name in fitting):
+                    sooner = _first(fitting[0], densities)
+                    raise ValueError(
+                        f"density: {sooner!r} stands before {pattern!r} and fits its layers, such as {fitting[0]!r}; the first one "
+                        f"counts. Put {pattern!r} first."
+                    )
+
     def _density_of(self, name: str, step: int) -> float:
         density = self.density
         if density is None:
             return 1.0
         if isinstance(density, Mapping):
-            found = next((share for pattern, share in density.items() if fnmatch.fnmatchcase(name, pattern)), None)
-            if found is None:
+            pattern = _first(name, density)
+            if pattern is None:
                 raise ValueError(
                     f"density: no pattern fits the layer {name!r}. Add '*' for the other layers, or name it in exclude= or frozen=."
                 )
-            return float(found)
+            return float(density[pattern])
         return check_density(density(step), f"density at step {step}") if callable(density) else float(density)
 
     def make(self, layers: Sequence[Layer], counts: Mapping[int, int], draw: Draw) -> Chosen:
@@ -206,6 +215,10 @@ def _patterns(option: str, value: str | Sequence[str]) -> tuple[str, ...]:
 
 def _fits(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _first(name: str, patterns: Iterable[str]) -> str | None:
+    return next((pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)), None)
 
 
 def _near(pattern: str, names: Sequence[str]) -> str:

@@ -29,6 +29,8 @@ class Masks:
         """The mask before steps that measure, as long as they do."""
         self._measured: list[Change] = []
         """g_j z_j of these steps."""
+        self._since: dict[int, int] = {}
+        """By the key of a parameter, how many of them were made before it was trained."""
         self.number: int | None = None
         """Of the mask at hand; None before the first one is made."""
 
@@ -71,14 +73,29 @@ class Masks:
         last = self._last if self.measuring else self.chosen
         layers = [Layer(p.name, p.key, p.tensor, p.group) for p in trained]
         with torch.no_grad():
-            draw = Draw(seed, number, lambda layer: _mean(layer, self._measured, noise))
+            draw = Draw(seed, number, lambda layer: self._mean(layer, noise))
             self.chosen = self.mask.make(layers, self.mask.counts(layers, step), draw)
         again, self.number, self._among = number == self.number, number, among
         self._last = last if self.measuring else None
-        if self.measuring and not again:
-            self._measured = []
+        if self.measuring:
+            self._measured = self._measured if again else []
+            known = self._since if again else {}
+            self._since = {key: known.get(key, len(self._measured)) for key in among}
         self.before = None if last is None else Masks.fixed(last)
         return True
+
+    def _mean(self, layer: Layer, noise: Noise) -> Tensor:
+        """1/n sum_j g_j z_j of a layer over the steps that measured since it was trained: float32, flat."""
+        own = self._measured[self._since.get(layer.key, len(self._measured)) :]
+        if not own:
+            late = (
+                "it is trained only since then. Unfreeze it before, give refresh=, or name it in exclude= (trained in full) or in frozen="
+            )
+            why = late if self._measured else "all losses since the mask was due were not finite"
+            raise ValueError(f"No step has measured a gradient of {layer.name!r}: {why}.")
+        total = torch.zeros(layer.tensor.numel(), device=layer.tensor.device)
+        apply_changes([layer._replace(tensor=total)], own, noise)
+        return total.div_(len(own))
 
     @property
     def reproducible(self) -> bool:
@@ -110,7 +127,15 @@ class Masks:
         chosen, last = (None if some is None else {key: encode(mask) for key, mask in some.items()} for some in (self.chosen, self._last))
         measured = [(list(change.seeds), [list(own) for _, own in change.steps]) for change in self._measured]
         mask = None if self.mask is None else self.mask.described()
-        return {"mask": mask, "number": self.number, "among": sorted(self._among), "chosen": chosen, "last": last, "measured": measured}
+        return {
+            "mask": mask,
+            "number": self.number,
+            "among": sorted(self._among),
+            "chosen": chosen,
+            "last": last,
+            "measured": measured,
+            "since": dict(self._since),
+        }
 
     def load_state_dict(self, state: dict[str, Any], device_of: dict[int, torch.device]) -> None:
         """Take over what `state_dict` returned."""
@@ -118,22 +143,12 @@ class Masks:
             return
         cpu = torch.device("cpu")
         self.number, self._among = state["number"], frozenset(state["among"])
+        self._since = dict(state["since"])
         self._measured = [Change(tuple(seeds), tuple((1.0, tuple(own)) for own in steps), None) for seeds, steps in state["measured"]]
         self.chosen, self._last = (
             None if some is None else {key: decode(mask, device_of.get(key, cpu)) for key, mask in some.items()}
             for some in (state["chosen"], state["last"])
         )
-
-
-def _mean(layer: Layer, measured: Sequence[Change], noise: Noise) -> Tensor:
-    """1/n sum_j g_j z_j of a layer over the steps that measured, of those since its group came: float32, flat."""
-    own = [change for change in measured if layer.group < len(change.steps)]
-    if not own:
-        why = "its group was added later" if measured else "all losses since the mask was due were not finite"
-        raise ValueError(f"No step has measured a gradient of {layer.name!r}: {why}.")
-    total = torch.zeros(layer.tensor.numel(), device=layer.tensor.device)
-    apply_changes([layer._replace(tensor=total)], own, noise)
-    return total.div_(len(own))
 
 
 def encode(mask: Members | None) -> dict[str, Any] | None:
