@@ -24,7 +24,7 @@ from zo_lightning.engine.options import DEFAULT_LR, EngineOptions, as_estimator,
 from zo_lightning.engine.parallel import Exchange
 from zo_lightning.engine.parameters import Trained, collect, names_of, signature, split_input
 from zo_lightning.engine.report import Estimate, StepReport, make_report
-from zo_lightning.engine.residency import Masters, Residency, build_residency
+from zo_lightning.engine.residency import Masters, Offload, Residency, build_residency
 from zo_lightning.engine.safeguard import Safeguard
 from zo_lightning.engine.seeds import evaluation_seed, query_seed, rounding_seed
 from zo_lightning.engine.signals import held
@@ -68,7 +68,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         noise: str | Noise = "rademacher",
         estimator: str | Estimator | None = None,
-        weights: str = "auto",
+        weights: str | Offload = "auto",
         seed: int = 0,
         dropout: bool = True,
         clip: float | None = None,
@@ -134,9 +134,11 @@ class ZOOptimizer(torch.optim.Optimizer):
             trained = self._trained()
             if any(p.tensor._backward_hooks or p.tensor._post_accumulate_grad_hooks for p in trained):
                 say_once("grad_hooks", "Hooks on the gradients of parameters never run: forward-only training computes no gradient.")
+            if self._residency is not None:
+                self._residency.close()
             self._residency = build_residency(self.weights, self.module, trained, self.noise)
             self._residency.masters, self._residency.masks = self.masters, self.masks
-            self._signature = now
+            self._signature = signature(self.param_groups)
         return self._residency
 
     def settled(self) -> AbstractContextManager[None]:
@@ -249,12 +251,17 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     def _begin(self) -> Window:
         """A step begins."""
+        if self.masks.due(self.steps, self.residency.trained):
+            with self.residency.settled():
+                self._make_masks()
+        return self._new_window()
+
+    def _make_masks(self) -> None:
         if self.masks.begin(self.steps, self.residency.trained, self.seed, self.noise):
             if not self.masks.reproducible:
                 self.masks.take(self.exchange.share(self.masks.chosen))
             self.journal.mask(self)
             self.masks.made(self.residency.trained)
-        return self._new_window()
 
     def _new_window(self) -> Window:
         return Window(self.estimator.points(lambda query: query_seed(self.seed, self.steps, query)), [])

@@ -12,7 +12,7 @@ from zo_lightning.engine.estimators import ESTIMATORS, SPSA, Estimator
 from zo_lightning.engine.masks import Mask
 from zo_lightning.engine.messages import check_number, choose
 from zo_lightning.engine.noise import NOISES, Noise
-from zo_lightning.engine.residency import WEIGHTS
+from zo_lightning.engine.residency import WEIGHTS, Offload
 from zo_lightning.engine.safeguard import Safeguard
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class EngineOptions:
     seed: int = 0
     noise: str | Noise = "rademacher"
     estimator: str | Estimator | None = None
-    weights: str = "auto"
+    weights: str | Offload = "auto"
     weight_decay: float | None = None
     dropout: bool = True
     clip: float | None = None
@@ -54,7 +54,8 @@ class EngineOptions:
                 raise ValueError(f"Invalid {name}: {value!r}. Must be an integer >= {least} and < 2**64.")
         if not isinstance(self.dropout, bool):
             raise ValueError(f"Invalid dropout: {self.dropout!r}. Must be True (as the model is set) or False (Dropout modules off).")
-        choose("weights", self.weights, WEIGHTS)
+        if not isinstance(self.weights, Offload):
+            choose("weights", self.weights, WEIGHTS, "an Offload")
         if self.mask is not None and not isinstance(self.mask, Mask):
             raise ValueError(f"Invalid mask: {self.mask!r}. Must be a Mask (zo_lightning.engine.masks), or None.")
         as_noise(self.noise)

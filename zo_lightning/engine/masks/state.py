@@ -63,13 +63,15 @@ class Masks:
             steps = tuple((1.0, tuple(term.slope / eps for term in terms)) for eps in scales)
             self._measured.append(Change(tuple(term.seed for term in terms), steps, None))
 
+    def due(self, step: int, trained: Sequence[Trained]) -> bool:
+        """Whether a step needs another mask than the one at hand."""
+        return self.mask is not None and (self.mask.number(step) != self.number or {p.key for p in trained} != self._among)
+
     def begin(self, step: int, trained: Sequence[Trained], seed: int, noise: Noise) -> bool:
         """A step begins, the weights are unperturbed: make the mask if it is due. Whether it was."""
-        if self.mask is None:
+        if self.mask is None or not self.due(step, trained):
             return False
         number, among = self.mask.number(step), frozenset(p.key for p in trained)
-        if number == self.number and among == self._among:
-            return False
         last = self._last if self.measuring else self.chosen
         layers = [Layer(p.name, p.key, p.tensor, p.group) for p in trained]
         with torch.no_grad():

@@ -51,9 +51,9 @@ class Residency(ABC):
 
     def update(self, change: Change) -> None:
         """theta <- decay theta + sum_j c_j z(s_j), with (decay, c) of each group; not interrupted by signals."""
-        trained = self.moving(self.trained)
+        trained = self.moving(self.steady())
         moving = [p for p in trained if change.steps[p.group][0] != 1.0 or any(change.steps[p.group][1])]
-        with self.settled(), held():
+        with self._still(), held():
             items = []
             for p in self.masters.instead_of(moving):
                 weights = p.tensor.detach()
@@ -65,9 +65,20 @@ class Residency(ABC):
         """Those of which the mask trains anything."""
         return [p for p in parameters if self.masks.trains(p.key)]
 
+    def steady(self) -> list[Trained]:
+        """Those to which updates are made at once."""
+        return self.trained
+
     def settled(self) -> AbstractContextManager[None]:
         """Inside it, on any thread, parameters are the base weights: it waits for evaluations and updates of another thread."""
+        return self._still()
+
+    def _still(self) -> AbstractContextManager[None]:
+        """The same, but for updates that are still to be made."""
         return nullcontext()
+
+    def close(self) -> None:  # noqa: B027
+        """Another residency takes its place, or the run ends: make the updates that are still to be made."""
 
     def restore(self) -> None:  # noqa: B027
         """Undo a perturbation that was left in place, where this residency leaves any."""

@@ -12,6 +12,7 @@ from zo_lightning.engine.parameters import Trained, total_bytes
 from zo_lightning.engine.residency.base import Residency
 from zo_lightning.engine.residency.exact import Exact
 from zo_lightning.engine.residency.inplace import InPlace
+from zo_lightning.engine.residency.offloaded import Offload, Offloaded
 from zo_lightning.engine.residency.scratch import Copy
 from zo_lightning.engine.residency.units import Unit, compiled_part, is_compiled, repeated_blocks
 
@@ -21,12 +22,16 @@ SMALL_BYTES = 16 << 20
 WEIGHTS: dict[str, object] = {"auto": None, "exact": Exact, "copy": Copy, "inplace": InPlace}
 
 
-def build_residency(weights: str, module: nn.Module | None, trained: Sequence[Trained], noise: Noise) -> Residency:
+def build_residency(weights: str | Offload, module: nn.Module | None, trained: Sequence[Trained], noise: Noise) -> Residency:
     """The residency called `weights`; "auto" takes copy where little is trained, exact where there are blocks, else in place.
 
     Raises ValueError for an unknown name, and for "exact" without a module.
     """
-    kind = choose("weights", weights, WEIGHTS)
+    if isinstance(weights, Offload):
+        if module is None:
+            raise ValueError(f"weights={weights!r} needs the model: pass it as ZOOptimizer(model, ...) or module=model.")
+        return Offloaded(module, trained, noise, weights)
+    kind = choose("weights", weights, WEIGHTS, "an Offload")
     if kind is None:
         return _auto(module, trained, noise)
     if kind is Exact:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ class Exact(OnScratch):
     """
 
     name = "exact"
+    keep_after = KEEP_AFTER
 
     def __init__(self, module: nn.Module, trained: Sequence[Trained], noise: Noise, blocks: Sequence[nn.Module] = ()) -> None:
         super().__init__(module, trained, noise)
@@ -118,6 +119,7 @@ class Exact(OnScratch):
                 self._prepare(whole, point, eps)
             for unit in self.units:
                 if unit.module is None:
+                    whole.enter_context(self._based(unit.parameters))
                     whole.enter_context(self._on_scratch(unit, point, eps))
             self._evaluation = whole
             try:
@@ -140,10 +142,15 @@ class Exact(OnScratch):
             if self._point is not None:
                 with held():
                     stack = ExitStack()
+                    stack.enter_context(self._based(unit.parameters))
                     stack.enter_context(self._shown(unit, args, *self._point))
                     self._open.setdefault(module, []).append(stack)
 
         return hook
+
+    def _based(self, parameters: Sequence[Trained]) -> AbstractContextManager[None]:
+        """Inside it, `parameters` hold their base weights where forward passes run."""
+        return nullcontext()
 
     def _on_scratch(
         self, unit: Unit, point: Displacement | None, eps: Sequence[float], rows: Tensor | None = None
@@ -156,7 +163,7 @@ class Exact(OnScratch):
         todo = [p for p in unit.parameters if id(p) not in self._away]
         self._entries[unit] += bool(todo)  # a unit inside another call of itself has nothing to do
         todo = todo if point is None else self._dense(todo)
-        if todo and point is not None and self._entries[unit] > KEEP_AFTER:
+        if todo and point is not None and self._entries[unit] > self.keep_after:
             kept = self._kept.get(unit) or self._keep(unit, todo, point, eps)
             if all(id(p) in kept for p in todo):
                 return self._pointed(todo, [kept[id(p)] for p in todo])

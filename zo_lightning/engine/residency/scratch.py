@@ -44,8 +44,8 @@ class OnScratch(Residency):
         return self._scratch.nbytes()
 
     @contextmanager
-    def settled(self) -> Iterator[None]:
-        """Inside it, on any thread, parameters are the base weights: it waits for the evaluation of another thread to end.
+    def _still(self) -> Iterator[None]:
+        """It waits for the evaluation of another thread to end.
 
         In the middle of an evaluation of its own thread it points the parameters back and, on the way out, to scratch again.
         """
@@ -103,7 +103,7 @@ class OnScratch(Residency):
         """Inside it, listed elements are displaced in the weights themselves, wherever these are read; in a session they stay so until the
         next point.
         """
-        listed = [(p, mask) for p in self.trained if isinstance(mask := self.masks.of(p.key), Listed)] if point else []
+        listed = [(p, mask) for p in self.steady() if isinstance(mask := self.masks.of(p.key), Listed)] if point else []
         if not listed or not point:
             self._go_home()
             yield

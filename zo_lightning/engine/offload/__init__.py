@@ -1,0 +1,7 @@
+"""Weights that live in files or in CPU memory, and come to where they are computed with block by block."""
+
+from zo_lightning.engine.offload.disk import DiskTier
+from zo_lightning.engine.offload.parcels import Parcel, parcels_of
+from zo_lightning.engine.offload.stream import Stream, Traffic
+
+__all__ = ["DiskTier", "Parcel", "Stream", "Traffic", "parcels_of"]

@@ -1,0 +1,51 @@
+"""Files as memory, at addresses that stay the same when other files take their place."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+
+import torch
+from torch import Tensor
+
+PAGE = mmap.PAGESIZE
+_SHARED, _FIXED, _READ_WRITE = 0x01, 0x10, mmap.PROT_READ | mmap.PROT_WRITE  # the same numbers on Linux and macOS
+_DONT_NEED = 4
+
+
+class Mapped:
+    """`nbytes` bytes of a file as memory: what is written there is in the file, and the other way round.
+
+    Pages count for the process from their first use on, until `forget`. OSError where the system refuses.
+    """
+
+    def __init__(self, descriptor: int, nbytes: int) -> None:
+        if sys.platform == "win32":
+            raise OSError("Weights can be streamed from files on Linux and macOS only.")
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._libc.mmap.restype = ctypes.c_void_p
+        self._libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+        for call in (self._libc.madvise, self._libc.munmap):
+            call.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * (call is self._libc.madvise)]
+        self.nbytes = nbytes
+        self._address = self._map(None, descriptor, _SHARED)
+
+    def _map(self, address: int | None, descriptor: int, flags: int) -> int:
+        found: int = self._libc.mmap(address, self.nbytes, _READ_WRITE, flags, descriptor, 0)
+        if found in (None, ctypes.c_void_p(-1).value):
+            number = ctypes.get_errno()
+            raise OSError(number, f"A file of weights of {self.nbytes} bytes could not be mapped into memory")
+        return found
+
+    def stretch(self, begin: int, end: int) -> Tensor:
+        """Some bytes (uint8), with a storage of their own, so that a tensor in them is saved by itself."""
+        return torch.frombuffer((ctypes.c_uint8 * (end - begin)).from_address(self._address + begin), dtype=torch.uint8)
+
+    def move(self, descriptor: int) -> None:
+        """Another file from now on, at the same address."""
+        self._map(self._address, descriptor, _SHARED | _FIXED)
+
+    def forget(self) -> None:
+        """The process does not need the pages just now; what was written is in the file."""
+        self._libc.madvise(self._address, self.nbytes, _DONT_NEED)

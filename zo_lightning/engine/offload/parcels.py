@@ -1,0 +1,91 @@
+"""What is stored and moved together: the large tensors of a block, trained and frozen, one behind another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from zo_lightning.engine.parameters import Trained
+from zo_lightning.engine.residency.units import units_of
+from zo_lightning.engine.seeds import parameter_key
+
+ALIGN = 64
+"""Bytes between the beginnings of two tensors: matrix kernels may round differently on memory that is not aligned."""
+FROZEN = -1
+"""The group of a tensor that is only read."""
+
+
+@dataclass(eq=False)
+class Parcel:
+    """Tensors at fixed offsets of one stretch of bytes."""
+
+    name: str
+    tensors: list[Trained]
+    offsets: list[int]
+    nbytes: int
+
+    @staticmethod
+    def of(name: str, tensors: Sequence[Trained]) -> Parcel:
+        """The tensors in their order."""
+        offsets, end = [], 0
+        for p in tensors:
+            offsets.append(end)
+            end += -(-p.tensor.nbytes // ALIGN) * ALIGN
+        return Parcel(name, list(tensors), offsets, end)
+
+    def views(self, stretch: Callable[[int, int], Tensor]) -> list[Tensor]:
+        """The tensors with their shapes, dtypes and strides; `stretch(begin, end)` gives the memory of these bytes."""
+        ends = [offset + p.tensor.nbytes for p, offset in zip(self.tensors, self.offsets, strict=True)]
+        return [_like(p.tensor, stretch(*span)) for p, *span in zip(self.tensors, self.offsets, ends, strict=True)]
+
+    @property
+    def trained(self) -> list[Trained]:
+        """Those that steps change."""
+        return [p for p in self.tensors if p.group != FROZEN]
+
+
+def _like(tensor: Tensor, memory: Tensor) -> Tensor:
+    flat = memory.view(tensor.dtype)
+    return flat.view(tensor.shape) if tensor.is_contiguous() else flat.as_strided(tensor.shape, tensor.stride())
+
+
+def parcels_of(module: nn.Module, trained: Sequence[Trained], names: dict[int, str]) -> dict[nn.Module | None, list[Parcel]]:
+    """For each block, and each module outside of blocks that owns matrices, the parcels that it needs: one of its own matrices, and one for
+    each that it shares with another. Under None those that no module owns.
+
+    Vectors stay where they are: they are some thousandths of a model, and read at every step.
+    """
+    every = [*trained, *_frozen(module, trained, names)]
+    large = [p for p in every if p.tensor.dim() > 1 and p.tensor.numel() and _dense(p.tensor)]
+    units = units_of(module, large)
+    owners: dict[int, int] = {}
+    for unit in units:
+        for p in unit.parameters:
+            owners[id(p)] = owners.get(id(p), 0) + 1
+    shared = {id(p): Parcel.of(p.name, [p]) for p in large if owners[id(p)] > 1}
+    found: dict[nn.Module | None, list[Parcel]] = {}
+    for unit in units:
+        own = [p for p in unit.parameters if id(p) not in shared]
+        found[unit.module] = [Parcel.of(own[0].name, own)] if own else []
+        found[unit.module] += [shared[id(p)] for p in unit.parameters if id(p) in shared]
+    return found
+
+
+def _dense(tensor: Tensor) -> bool:
+    """Whether the elements fill a stretch of memory, in whatever order."""
+    return tensor.is_contiguous() or torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+
+
+def _frozen(module: nn.Module, trained: Sequence[Trained], names: dict[int, str]) -> list[Trained]:
+    """The parameters that no step changes; those that share memory count once."""
+    known = {id(alias) for p in trained for alias in p.aliases}
+    found: dict[tuple[object, ...], list[Tensor]] = {}
+    for parameter in module.parameters():
+        plain = type(parameter.data) is Tensor and parameter.layout == torch.strided and not parameter.is_meta
+        if id(parameter) not in known and plain and parameter.numel():
+            place = (parameter.data_ptr(), parameter.shape, parameter.stride(), parameter.dtype)
+            found.setdefault(place, []).append(parameter)
+    return [Trained(name := names[id(aliases[0])], parameter_key(name), aliases[0], FROZEN, tuple(aliases)) for aliases in found.values()]

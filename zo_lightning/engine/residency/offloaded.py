@@ -1,0 +1,250 @@
+"""weights=Offload(): "exact" whose base weights live in files; a block is in memory while it runs, and its update is made on its way."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from itertools import groupby, zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zo_lightning.engine.estimators import Displacement
+from zo_lightning.engine.masks.rules import Chosen
+from zo_lightning.engine.masks.state import Masks
+from zo_lightning.engine.noise import Change, Noise, sweep
+from zo_lightning.engine.noise.changes import apply_changes
+from zo_lightning.engine.noise.members import Listed
+from zo_lightning.engine.offload import DiskTier, Parcel, Stream, parcels_of
+from zo_lightning.engine.offload.parcels import FROZEN
+from zo_lightning.engine.parameters import Trained, names_of
+from zo_lightning.engine.residency.exact import Exact
+from zo_lightning.engine.residency.scratch import _point, _without_modes
+from zo_lightning.engine.residency.swap import Swap
+from zo_lightning.engine.residency.units import Unit
+from zo_lightning.engine.signals import held
+
+
+@dataclass(frozen=True)
+class Offload:
+    """Where weights live that do not fit where they are computed with, for `weights=`.
+
+    Args:
+        folder: of the files; None makes a temporary one, which is removed in the end.
+    """
+
+    folder: str | None = None
+
+    @property
+    def name(self) -> str:
+        return "offload"
+
+
+@dataclass
+class Due:
+    """A change that a parcel still lacks, with the masks it was made for."""
+
+    change: Change
+    masks: Chosen | None
+    step: int
+
+
+class Offloaded(Exact):
+    """While nobody uses them, parameters are memory-mapped files: whoever reads them (a state dict, a fingerprint) finds base weights.
+
+    A forward pass reads a block from its file before the block runs, ahead of time, and points the parameters there; what steps have
+    changed since is applied then, once, and written back. `settled()` and everything that saves or compares weights makes all changes that
+    are due. Vectors stay in memory.
+    """
+
+    name = "offload"
+    keep_after = 1 << 62  # scratch of every unit would be the whole model
+
+    def __init__(self, module: nn.Module, trained: Sequence[Trained], noise: Noise, offload: Offload) -> None:
+        self._steps = 0
+        self._users: Counter[Parcel] = Counter()
+        self._due: dict[Parcel, list[Due]] = {}
+        self._made: dict[Parcel, list[Due]] = {}
+        """What was made last, until it is known to be written."""
+        self._fetched: dict[nn.Module, list[ExitStack]] = {}
+        super().__init__(module, trained, noise)
+        self._holders = parcels_of(module, self.trained, names_of(module))
+        self._parcels = list(dict.fromkeys(parcel for parcels in self._holders.values() for parcel in parcels))
+        if not self._parcels:
+            raise ValueError("weights=Offload(): the model has no matrices, which are what is kept in files. Use weights='exact'.")
+        self._of = {id(p): parcel for parcel in self._parcels for p in parcel.tensors}
+        self._tier = DiskTier(offload.folder, self._parcels)
+        self._stream = Stream(self._tier, self._bring_up, self._undone)
+        self._homes = {parcel: self._tier.home(parcel) for parcel in self._parcels}
+        self._move_in()
+        self._hooks_of_base = self._hook()
+
+    def _move_in(self) -> None:
+        """Weights go to their files, block by block."""
+        with held(), _without_modes(), torch.inference_mode(False), torch.no_grad():
+            for parcel in self._parcels:
+                for p, home in zip(parcel.tensors, self._homes[parcel], strict=True):
+                    home.copy_(p.tensor.detach())
+                    _point(p, [home] * len(p.aliases))
+                self._tier.forget(parcel)
+
+    def _hook(self) -> list[Any]:
+        """Modules fetch their weights wherever they run, and nobody saves weights that lack an update."""
+        hooks: list[Any] = []
+        for module, parcels in self._holders.items():
+            if module is not None:
+                hooks.append(module.register_forward_pre_hook(torch.compiler.disable(self._fetch(parcels)), prepend=True))
+                hooks.append(module.register_forward_hook(torch.compiler.disable(self._release), always_call=True))
+        hooks += [module.register_state_dict_pre_hook(lambda *_: self.flush()) for module in self._root.modules()]
+        return hooks
+
+    def steady(self) -> list[Trained]:
+        return [p for p in self.trained if id(p) not in self._of]
+
+    # ---- forward passes
+
+    def _fetch(self, parcels: Sequence[Parcel]) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            stack = ExitStack()
+            stack.enter_context(self._lent(parcels))
+            self._fetched.setdefault(module, []).append(stack)
+
+        return hook
+
+    def _release(self, module: nn.Module, args: Any, output: Any) -> None:
+        stacks = self._fetched.get(module)
+        if stacks:
+            stacks.pop().close()
+
+    def _based(self, parameters: Sequence[Trained]) -> AbstractContextManager[None]:
+        return self._lent(list(dict.fromkeys(self._of[id(p)] for p in parameters if id(p) in self._of)))
+
+    @contextmanager
+    def _lent(self, parcels: Sequence[Parcel]) -> Iterator[None]:
+        """Inside it, the parameters of these parcels are in memory.
+
+        A pass that is watched reads the files themselves: a view that a module hands out must stay what it is.
+        """
+        watched = self._point is not None and self._point[0] is None
+        with ExitStack() as stack:
+            for parcel in parcels:
+                if watched:
+                    stack.callback(self._tier.forget, parcel)
+                else:
+                    with held():
+                        self._take(parcel)
+                        stack.callback(self._give, parcel)
+            yield
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _take(self, parcel: Parcel) -> None:
+        if not self._users[parcel]:
+            with _without_modes():
+                memory = self._stream.take(parcel)
+                for p, view in zip(parcel.tensors, parcel.views(lambda begin, end: memory[begin:end]), strict=True):
+                    _point(p, [view] * len(p.aliases))
+        self._users[parcel] += 1
+
+    @torch.inference_mode(False)
+    def _give(self, parcel: Parcel) -> None:
+        self._users[parcel] -= 1
+        if not self._users[parcel]:
+            with _without_modes():
+                for p, home in zip(parcel.tensors, self._homes[parcel], strict=True):
+                    _point(p, [home] * len(p.aliases))
+                self._stream.give(parcel)
+
+    def _shown(self, unit: Unit, args: Any, point: Displacement | None, eps: Sequence[float]) -> AbstractContextManager[None]:
+        shown = super()._shown(unit, args, point, eps)
+        listed = [(p, mask) for p in unit.parameters if id(p) in self._of and isinstance(mask := self.masks.of(p.key), Listed)]
+        listed = [(p, mask) for p, mask in listed if id(p) not in self._away]
+        return shown if point is None or not listed else self._with_lists(shown, listed, point, eps)
+
+    @contextmanager
+    def _with_lists(
+        self, shown: AbstractContextManager[None], listed: Sequence[tuple[Trained, Listed]], point: Displacement, eps: Sequence[float]
+    ) -> Iterator[None]:
+        """Listed elements are displaced in a copy: the writer may still read what was lent."""
+        parameters = [p for p, _ in listed]
+        with shown:
+            outs, give_back = self._scratch.take(parameters)
+            try:
+                with _without_modes():
+                    for p, out in zip(parameters, outs, strict=True):
+                        out.copy_(p.tensor.detach())
+                    swap = Swap([(replace(p, tensor=out), mask) for (p, mask), out in zip(listed, outs, strict=True)])
+                    items = swap.compact(self.displaced(parameters, swap.displaced, point, eps))
+                    sweep(items, [seed for seed, _ in point], self.noise, rounding=point[0][0])
+                    swap.leave()
+                with self._pointed(parameters, outs):
+                    yield
+            finally:
+                give_back()
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        try:
+            with super().session():
+                yield
+        finally:
+            self._stream.drop()
+
+    # ---- updates
+
+    def update(self, change: Change) -> None:
+        super().update(change)
+        self._steps += 1
+        for parcel in self._parcels:
+            if any(self._moves(p, change) for p in parcel.tensors):
+                self._due.setdefault(parcel, []).append(Due(change, self.masks.chosen, self._steps))
+
+    def _moves(self, p: Trained, change: Change) -> bool:
+        return p.group != FROZEN and self.masks.trains(p.key) and (change.steps[p.group][0] != 1.0 or any(change.steps[p.group][1]))
+
+    def _bring_up(self, parcel: Parcel, memory: Tensor) -> int | None:
+        """Make the changes that are due in memory that was lent; after how many steps the weights then are."""
+        due = self._due.pop(parcel, None)
+        if due is None:
+            return None
+        views = parcel.views(lambda begin, end: memory[begin:end])
+        weights = [replace(p, tensor=view) for p, view in zip(parcel.tensors, views, strict=True) if p.group != FROZEN]
+        for chosen, some in groupby(due, key=lambda one: one.masks):
+            masks = Masks.fixed(chosen)
+            moving = [p for p in weights if masks.trains(p.key)]
+            known = {p.key: mask for p in moving if (mask := masks.of(p.key)) is not None}
+            apply_changes(moving, [one.change for one in some], self.noise, known)
+        self._made[parcel] = due
+        return due[-1].step
+
+    def _undone(self, parcel: Parcel) -> None:
+        """It could not be written: the file has it as it was."""
+        self._due[parcel] = [*self._made.pop(parcel), *self._due.get(parcel, [])]
+
+    def flush(self) -> None:
+        """Make all changes that are due, and wait until they are written. OSError where they can't be."""
+        with held(), _without_modes(), torch.inference_mode(False), torch.no_grad():
+            due = [parcel for parcel in self._parcels if parcel in self._due]
+            for parcel, following in zip_longest(due, due[1:]):
+                self._stream.take(parcel, following)
+                self._stream.give(parcel)
+            self._stream.drain()
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        with super().settled():
+            self.flush()
+            try:
+                yield
+            finally:
+                for parcel in self._parcels:
+                    self._tier.forget(parcel)
+
+    def close(self) -> None:
+        self.flush()
+        for hook in self._hooks_of_base:
+            hook.remove()
+        self._stream.close()
