@@ -129,8 +129,7 @@ class ZOOptimizer(torch.optim.Optimizer):
     @property
     def residency(self) -> Residency:
         """How perturbed weights come to exist; decided at the first step, and again when tensors are added, frozen, moved or replaced."""
-        now = signature(self.param_groups)
-        if self._residency is None or now != self._signature:
+        if self._residency is None or signature(self.param_groups, self._residency.keeps) != self._signature:
             trained = self._trained()
             if any(p.tensor._backward_hooks or p.tensor._post_accumulate_grad_hooks for p in trained):
                 say_once("grad_hooks", "Hooks on the gradients of parameters never run: forward-only training computes no gradient.")
@@ -138,7 +137,7 @@ class ZOOptimizer(torch.optim.Optimizer):
                 self._residency.close()
             self._residency = build_residency(self.weights, self.module, trained, self.noise)
             self._residency.masters, self._residency.masks = self.masters, self.masks
-            self._signature = signature(self.param_groups)
+            self._signature = signature(self.param_groups, self._residency.keeps)
         return self._residency
 
     def settled(self) -> AbstractContextManager[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -144,13 +144,17 @@ def _check_overlap(trained: Sequence[Trained]) -> None:
             )
 
 
-def signature(groups: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
-    """Changes when `collect` could give another answer: tensors added, frozen, moved, cast or replaced."""
+def signature(groups: Sequence[Mapping[str, Any]], kept: Callable[[Tensor], bool] = lambda tensor: False) -> tuple[Any, ...]:
+    """Changes when `collect` could give another answer: tensors added, frozen, moved, cast or replaced; those that are `kept` may move."""
     return tuple(
-        (id(p), p.requires_grad, p.dtype, p.device, p.shape, 0 if p.is_meta or is_traceable_wrapper_subclass(p) else p.data_ptr())
+        (id(p), p.requires_grad, p.dtype, p.device, p.shape, 0 if _unplaced(p) or kept(p) else p.data_ptr())
         for group in groups
         for p in group["params"]
     )
+
+
+def _unplaced(tensor: Tensor) -> bool:
+    return tensor.is_meta or is_traceable_wrapper_subclass(tensor)
 
 
 def total_bytes(tensors: Iterable[Tensor]) -> int:

@@ -2,6 +2,7 @@
 
 from zo_lightning.engine.offload.disk import DiskTier
 from zo_lightning.engine.offload.parcels import Parcel, parcels_of
+from zo_lightning.engine.offload.sources import open_weights
 from zo_lightning.engine.offload.stream import Stream, Traffic
 
-__all__ = ["DiskTier", "Parcel", "Stream", "Traffic", "parcels_of"]
+__all__ = ["DiskTier", "Parcel", "Stream", "Traffic", "open_weights", "parcels_of"]

@@ -33,11 +33,13 @@ class Traffic:
 
 class Stream:
     """Lends parcels in memory. `bring_up(parcel, memory)` makes the changes that are due, and says after how many steps the parcel then is;
-    None where there were none. `undone(parcel)` is told where what it changed could not be written.
+    None where there were none. `written(parcel, error)` is told when these are in the tier, or why they are not.
     """
 
-    def __init__(self, tier: Tier, bring_up: Callable[[Parcel, Tensor], int | None], undone: Callable[[Parcel], None]) -> None:
-        self._tier, self._bring_up, self._undone = tier, bring_up, undone
+    def __init__(
+        self, tier: Tier, bring_up: Callable[[Parcel, Tensor], int | None], written: Callable[[Parcel, BaseException | None], None]
+    ) -> None:
+        self._tier, self._bring_up, self._written = tier, bring_up, written
         self._reader = ThreadPoolExecutor(1, "zo-read")
         self._writer = ThreadPoolExecutor(1, "zo-write")
         self._loading: dict[Parcel, Future[Tensor]] = {}
@@ -129,9 +131,8 @@ class Stream:
         for parcel in ended:
             error = self._writing.pop(parcel).exception()
             self.give(parcel)
-            if error is not None:
-                self._undone(parcel)
-                errors.append(error)
+            self._written(parcel, error)
+            errors += [] if error is None else [error]
         if errors:
             raise errors[0]
 

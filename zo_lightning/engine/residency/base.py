@@ -69,6 +69,10 @@ class Residency(ABC):
         """Those to which updates are made at once."""
         return self.trained
 
+    def keeps(self, tensor: Tensor) -> bool:
+        """Whether it was the residency that put a parameter where it is now, so that it has not been replaced."""
+        return False
+
     def settled(self) -> AbstractContextManager[None]:
         """Inside it, on any thread, parameters are the base weights: it waits for evaluations and updates of another thread."""
         return self._still()

@@ -18,7 +18,7 @@ from zo_lightning.engine.masks.state import Masks
 from zo_lightning.engine.noise import Change, Noise, sweep
 from zo_lightning.engine.noise.changes import apply_changes
 from zo_lightning.engine.noise.members import Listed
-from zo_lightning.engine.offload import DiskTier, Parcel, Stream, parcels_of
+from zo_lightning.engine.offload import DiskTier, Parcel, Stream, Traffic, parcels_of
 from zo_lightning.engine.offload.parcels import FROZEN
 from zo_lightning.engine.parameters import Trained, names_of
 from zo_lightning.engine.residency.exact import Exact
@@ -52,6 +52,27 @@ class Due:
     step: int
 
 
+class _Hook:
+    """A hook of a module; copies of the module, which have their weights in memory, have none."""
+
+    def __init__(self, call: Callable[..., None]) -> None:
+        self.call = call
+
+    def __call__(self, *args: Any) -> None:
+        self.call(*args)
+
+    def __reduce__(self) -> Any:
+        return _no_hook, ()
+
+
+def _no_hook() -> Callable[..., None]:
+    return _nothing
+
+
+def _nothing(*args: Any) -> None:
+    """The hook of a copy."""
+
+
 class Offloaded(Exact):
     """While nobody uses them, parameters are memory-mapped files: whoever reads them (a state dict, a fingerprint) finds base weights.
 
@@ -77,29 +98,43 @@ class Offloaded(Exact):
             raise ValueError("weights=Offload(): the model has no matrices, which are what is kept in files. Use weights='exact'.")
         self._of = {id(p): parcel for parcel in self._parcels for p in parcel.tensors}
         self._tier = DiskTier(offload.folder, self._parcels)
-        self._stream = Stream(self._tier, self._bring_up, self._undone)
-        self._homes = {parcel: self._tier.home(parcel) for parcel in self._parcels}
-        self._move_in()
+        self._stream = Stream(self._tier, self._bring_up, self._written)
+        self._places: dict[int, int] = {}
+        """By id of a parameter the address where it is while nobody uses it."""
+        for parcel in self._parcels:
+            self._go_to_files(parcel)
         self._hooks_of_base = self._hook()
 
-    def _move_in(self) -> None:
-        """Weights go to their files, block by block."""
-        with held(), _without_modes(), torch.inference_mode(False), torch.no_grad():
-            for parcel in self._parcels:
-                for p, home in zip(parcel.tensors, self._homes[parcel], strict=True):
-                    home.copy_(p.tensor.detach())
-                    _point(p, [home] * len(p.aliases))
-                self._tier.forget(parcel)
+    def _go_to_files(self, parcel: Parcel) -> None:
+        with _without_modes():
+            for p, home in zip(parcel.tensors, self._tier.home(parcel), strict=True):
+                _point(p, [home] * len(p.aliases))
+                self._places.update((id(alias), home.data_ptr()) for alias in p.aliases)
+
+    def keeps(self, tensor: Tensor) -> bool:
+        return tensor.data_ptr() == self._places.get(id(tensor))
 
     def _hook(self) -> list[Any]:
         """Modules fetch their weights wherever they run, and nobody saves weights that lack an update."""
         hooks: list[Any] = []
         for module, parcels in self._holders.items():
             if module is not None:
-                hooks.append(module.register_forward_pre_hook(torch.compiler.disable(self._fetch(parcels)), prepend=True))
-                hooks.append(module.register_forward_hook(torch.compiler.disable(self._release), always_call=True))
-        hooks += [module.register_state_dict_pre_hook(lambda *_: self.flush()) for module in self._root.modules()]
+                fetch, release = (_Hook(torch.compiler.disable(call)) for call in (self._fetch(parcels), self._release))
+                hooks.append(module.register_forward_pre_hook(fetch, prepend=True))
+                hooks.append(module.register_forward_hook(release, always_call=True))
+        for module in self._root.modules():
+            hooks.append(module.register_state_dict_pre_hook(_Hook(self._before_states)))
+            hooks.append(module.register_load_state_dict_pre_hook(_Hook(self._before_states)))
         return hooks
+
+    def _before_states(self, *args: Any) -> None:
+        """What is loaded is not changed by updates of before, and what is saved has them all."""
+        self.flush()
+
+    @property
+    def traffic(self) -> Traffic:
+        """What was moved so far."""
+        return self._stream.traffic
 
     def steady(self) -> list[Trained]:
         return [p for p in self.trained if id(p) not in self._of]
@@ -153,10 +188,8 @@ class Offloaded(Exact):
     def _give(self, parcel: Parcel) -> None:
         self._users[parcel] -= 1
         if not self._users[parcel]:
-            with _without_modes():
-                for p, home in zip(parcel.tensors, self._homes[parcel], strict=True):
-                    _point(p, [home] * len(p.aliases))
-                self._stream.give(parcel)
+            self._go_to_files(parcel)
+            self._stream.give(parcel)
 
     def _shown(self, unit: Unit, args: Any, point: Displacement | None, eps: Sequence[float]) -> AbstractContextManager[None]:
         shown = super()._shown(unit, args, point, eps)
@@ -190,6 +223,9 @@ class Offloaded(Exact):
         try:
             with super().session():
                 yield
+        except BaseException:
+            self.flush()
+            raise
         finally:
             self._stream.drop()
 
@@ -220,9 +256,13 @@ class Offloaded(Exact):
         self._made[parcel] = due
         return due[-1].step
 
-    def _undone(self, parcel: Parcel) -> None:
-        """It could not be written: the file has it as it was."""
-        self._due[parcel] = [*self._made.pop(parcel), *self._due.get(parcel, [])]
+    def _written(self, parcel: Parcel, error: BaseException | None) -> None:
+        """The file has the parcel, or as it was before."""
+        made = self._made.pop(parcel)
+        if error is not None:
+            self._due[parcel] = [*made, *self._due.get(parcel, [])]
+        elif not self._users[parcel]:
+            self._go_to_files(parcel)
 
     def flush(self) -> None:
         """Make all changes that are due, and wait until they are written. OSError where they can't be."""
@@ -232,6 +272,7 @@ class Offloaded(Exact):
                 self._stream.take(parcel, following)
                 self._stream.give(parcel)
             self._stream.drain()
+            self._stream.drop()
 
     @contextmanager
     def settled(self) -> Iterator[None]:

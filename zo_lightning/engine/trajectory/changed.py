@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from zo_lightning.engine.parameters import Trained
+from zo_lightning.engine.residency.base import Residency
 
 _TENSORS, _VALUES = 32, 64
 """How many tensors, the largest, are sampled, and how many values of each."""
@@ -22,12 +23,15 @@ class Watch:
         self._places: tuple[int, ...] = ()
         self._samples: list[list[Tensor]] = []
 
-    def state(self, trained: Sequence[Trained]) -> State:
-        """(address and version of every tensor, sampled values). Costs some microseconds a tensor; reads no more than 2,048 values."""
-        places = tuple(p.tensor.data_ptr() for p in trained)
+    def state(self, residency: Residency) -> State:
+        """(address and version of every tensor, sampled values). Costs some microseconds a tensor; reads no more than 2,048 values.
+
+        Values are those of tensors to which updates are made at once.
+        """
+        places = tuple(0 if residency.keeps(p.tensor) else p.tensor.data_ptr() for p in residency.trained)
         if places != self._places:
-            self._places, self._samples = places, _samples(trained)
-        versions = tuple(p.tensor._version for p in trained)
+            self._places, self._samples = places, _samples(residency.steady())
+        versions = tuple(p.tensor._version for p in residency.trained)
         return tuple(zip(places, versions, strict=True)), tuple(torch.cat([v.reshape(-1) for v in views]) for views in self._samples)
 
 

@@ -134,7 +134,7 @@ class Trajectory(Journal):
         """Whether the weights are those of the log at this step, loaded from the file of the first segment that begins here if need be."""
         step = optimizer.steps
         known = {r.fingerprint for r in log.records if isinstance(r, (Segment, Mark, End)) and r.step == step}
-        self._standing = trained_fingerprint(optimizer.residency.trained)
+        self._standing = _fingerprint(optimizer)
         if self._standing in known:
             return True
         for segment in log.segments:
@@ -148,7 +148,7 @@ class Trajectory(Journal):
         loaded, goals = base_of(segment, self.folder), {p.name: p.tensor for p in optimizer.residency.trained}
         if loaded is None or goals.keys() != {p.name for p in loaded}:
             return False
-        with torch.inference_mode(False), torch.no_grad():
+        with optimizer.residency.settled(), torch.inference_mode(False), torch.no_grad():
             for source in loaded:
                 goals[source.name].copy_(source.tensor)
         return True
@@ -186,7 +186,7 @@ class Trajectory(Journal):
 
     def _new_segment(self, optimizer: ZOOptimizer, first: bool) -> Segment:
         trained = optimizer.residency.trained
-        fingerprint = trained_fingerprint(trained)
+        fingerprint = _fingerprint(optimizer)
         frozen = "" if optimizer.module is None else frozen_fingerprint(optimizer.module, trained)
         base = f"base-{optimizer.steps:08d}-{fingerprint[:8]}.safetensors" if self._save_base else None
         if first:
@@ -195,7 +195,8 @@ class Trajectory(Journal):
             except OSError as error:
                 raise explained(error, f"The folder {self.folder} of the step log could not be made", self.folder) from error
         if base is not None and first:
-            save_base(self.folder / base, trained)
+            with optimizer.residency.settled():
+                save_base(self.folder / base, trained)
         optimizer.masters.clear()  # a replay begins with the weights alone
         return describe(optimizer, fingerprint, frozen, base)
 
@@ -203,7 +204,7 @@ class Trajectory(Journal):
         """The log has it."""
         self._segment, self._residency = segment, optimizer.residency
         self._bases += [segment.base] if segment.base is not None else []
-        self._state = self._watch.state(optimizer.residency.trained)
+        self._state = self._watch.state(optimizer.residency)
         if optimizer.masks.number is not None:
             self._note_mask(optimizer)
 
@@ -248,14 +249,14 @@ class Trajectory(Journal):
                 self._follow_to(optimizer, segment)
 
     def _follow_to(self, optimizer: ZOOptimizer, segment: Segment) -> None:
-        if trained_fingerprint(optimizer.residency.trained) != segment.fingerprint and not self._load(optimizer, segment):
+        if _fingerprint(optimizer) != segment.fingerprint and not self._load(optimizer, segment):
             raise ValueError(
                 f"At step {segment.step} the run in {self.folder} went on from other weights than its steps had led to, and their file "
                 f"({segment.base}) is not there, or other parameters are trained here. Resume from a later checkpoint, or begin anew "
                 "with resume=False."
             )
         optimizer.masters.clear()
-        self._state = self._watch.state(optimizer.residency.trained)
+        self._state = self._watch.state(optimizer.residency)
 
     def _changed_set(self, optimizer: ZOOptimizer) -> bool:
         """Whether other tensors are trained than before."""
@@ -267,7 +268,7 @@ class Trajectory(Journal):
         return False
 
     def _changed(self, optimizer: ZOOptimizer) -> bool:
-        if self._state is None or same(self._state, self._watch.state(optimizer.residency.trained)):
+        if self._state is None or same(self._state, self._watch.state(optimizer.residency)):
             return False
         where = "written as a new base" if self._save_base else "noted; without save_base they can't be loaded again"
         say_once(
@@ -295,7 +296,7 @@ class Trajectory(Journal):
             self._making = None
             self.recalled += 1
         if not self._ahead:
-            self._state = self._watch.state(optimizer.residency.trained)
+            self._state = self._watch.state(optimizer.residency)
 
     # ---- what the host does
 
@@ -304,7 +305,7 @@ class Trajectory(Journal):
         if not self.behind:
             self.look(optimizer, _evaluated(optimizer), updating=False)
         if self._writer is not None and not self.behind:
-            self._note(Mark(optimizer.steps, trained_fingerprint(optimizer.residency.trained)))
+            self._note(Mark(optimizer.steps, _fingerprint(optimizer)))
 
     def checkpoint(self, optimizer: ZOOptimizer, path: str, host: str) -> None:
         """The host has written a complete checkpoint."""
@@ -326,7 +327,7 @@ class Trajectory(Journal):
         if not self.behind:
             self.look(optimizer, _evaluated(optimizer), updating=False)
         if self._writer is not None and not self.behind:
-            self._note(End(optimizer.steps, trained_fingerprint(optimizer.residency.trained)))
+            self._note(End(optimizer.steps, _fingerprint(optimizer)))
 
     def _note(self, record: Record) -> None:
         if self._writer is not None and record.step == self._writer.history.next_step:
@@ -340,6 +341,12 @@ class Trajectory(Journal):
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+
+def _fingerprint(optimizer: ZOOptimizer) -> str:
+    """Of the weights that are trained, with all updates."""
+    with optimizer.residency.settled():
+        return trained_fingerprint(optimizer.residency.trained)
 
 
 def _evaluated(optimizer: ZOOptimizer) -> int:

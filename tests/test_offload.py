@@ -1,0 +1,350 @@
+"""weights=Offload(): losses and weights of "exact", bit for bit, in every kind of model, and whatever happens between the steps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_models import TOKENS, LanguageModel, next_token, same, snapshot
+from safetensors.torch import save_file
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from zo_lightning.engine import SPSA, ZOOptimizer
+from zo_lightning.engine.masks import Mask, Sensitive
+from zo_lightning.engine.offload import open_weights
+from zo_lightning.engine.residency import Offload, Offloaded
+
+IDS = torch.randint(0, 300, (8, 12), generator=torch.Generator().manual_seed(3))
+LABELS = torch.arange(8) % 2
+
+
+def llama(tie: bool = False) -> Any:
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, tie_word_embeddings=tie
+    )
+    return LlamaForCausalLM(config)
+
+
+def opt() -> Any:
+    sizes: dict[str, Any] = {"ffn_dim": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "word_embed_proj_dim": 32}
+    return OPTForCausalLM(OPTConfig(vocab_size=300, hidden_size=64, max_position_embeddings=40, **sizes))
+
+
+def bert() -> Any:
+    return BertForSequenceClassification(
+        BertConfig(vocab_size=300, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96)
+    )
+
+
+def t5() -> Any:
+    return T5ForConditionalGeneration(
+        T5Config(vocab_size=300, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    )
+
+
+def plain() -> Any:
+    return LanguageModel("functional")
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "opt": opt,
+    "llama": llama,
+    "llama, tied": lambda: llama(tie=True),
+    "bert": bert,
+    "t5": t5,
+    "a head that reads the embedding": plain,
+}
+
+
+def made(kind: str, dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    return MODELS[kind]().to(dtype).train()
+
+
+def loss_of(model: Any, rows: slice = slice(None)) -> Callable[[], torch.Tensor]:
+    if isinstance(model, LanguageModel):
+        return lambda: next_token(model, TOKENS)()
+    labels = LABELS[rows] if isinstance(model, BertForSequenceClassification) else IDS[rows]
+    return lambda: model(input_ids=IDS[rows], labels=labels).loss
+
+
+def train(model: Any, weights: Any, steps: int = 5, micro: int = 1, **options: Any) -> tuple[list[tuple[float, ...]], ZOOptimizer]:
+    optimizer = ZOOptimizer(model, lr=1e-3, eps=1e-2, weights=weights, weight_decay=0.1, **options)
+    return values(model, optimizer, steps, micro), optimizer
+
+
+def values(model: Any, optimizer: ZOOptimizer, steps: int = 5, micro: int = 1) -> list[tuple[float, ...]]:
+    found = []
+    for _ in range(steps):
+        for index in range(micro):
+            optimizer.estimate(loss_of(model, slice(index, None, micro)), weight=1 / micro)
+        report = optimizer.apply()
+        assert report is not None
+        found.append(report.values)
+    return found
+
+
+def evaluated(model: nn.Module) -> float:
+    model.eval()
+    with torch.no_grad():
+        found = float(loss_of(model)())
+    model.train()
+    return found
+
+
+def offloaded(optimizer: ZOOptimizer) -> Offloaded:
+    residency = optimizer.residency
+    assert isinstance(residency, Offloaded)
+    return residency
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_kind_of_model(kind: str, dtype: torch.dtype) -> None:
+    one, other = made(kind, dtype), made(kind, dtype)
+    expected, _ = train(one, "exact")
+    found, optimizer = train(other, Offload())
+    assert found == expected
+    assert evaluated(other) == evaluated(one)
+    assert same(snapshot(other), snapshot(one))
+    assert offloaded(optimizer).traffic.written > 0
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "two queries": {"estimator": SPSA(2)},
+    "micro-batches": {"micro": 4},
+    "gaussian": {"noise": "gaussian"},
+    "small weights": {"mask": Mask("small_weights", 0.3)},
+    "lists": {"mask": Mask("small_weights", 0.01, refresh=2)},
+    "lots": {"mask": Mask("random", 0.3, refresh=2), "micro": 2},
+    "blocks": {"mask": Mask("blockwise", refresh=1)},
+    "measured": {"mask": Mask(Sensitive(steps=2), 0.3)},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options(options: str, dtype: torch.dtype) -> None:
+    one, other = made("llama", dtype), made("llama", dtype)
+    expected, _ = train(one, "exact", **OPTIONS[options])
+    found, _ = train(other, Offload(), **OPTIONS[options])
+    assert found == expected
+    assert same(snapshot(other), snapshot(one))
+
+
+def test_adapters_on_a_base_that_is_only_read() -> None:
+    results = []
+    for weights in ("exact", Offload()):
+        model = made("opt")
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for layer in model.model.decoder.layers:
+            layer.fc2.weight.requires_grad_(True)
+            layer.fc1.bias.requires_grad_(True)
+        results.append((train(model, weights), snapshot(model)))
+    (expected, _), start = results[0]
+    (found, optimizer), end = results[1]
+    assert found == expected
+    assert same(end, start)
+    residency = offloaded(optimizer)
+    assert residency.traffic.written < residency.traffic.read / 2
+
+
+def test_weights_of_between_are_never_late() -> None:
+    """Evaluation, generation, a state dict, a loaded one, a copy, a thread's reading inside settled(), after every step."""
+    one, other = made("llama"), made("llama")
+    optimizers = [ZOOptimizer(model, lr=1e-3, eps=1e-2, weights=weights) for model, weights in ((one, "exact"), (other, Offload()))]
+    for _ in range(2):
+        for look in (
+            evaluated,
+            lambda model: model.generate(IDS[:2], max_new_tokens=4, do_sample=False, pad_token_id=0).tolist(),
+            snapshot,
+            lambda model: snapshot(copy.deepcopy(model)),
+        ):
+            assert values(one, optimizers[0], 1) == values(other, optimizers[1], 1)
+            with optimizers[1].settled():
+                read = {name: weight.detach().clone() for name, weight in other.named_parameters()}
+            assert all(torch.equal(read[name], weight) for name, weight in one.named_parameters())
+            seen = [look(one), look(other)]
+            assert same(*seen) if isinstance(seen[0], dict) else seen[0] == seen[1]
+        start = snapshot(made("llama"))
+        for model in (one, other):
+            model.load_state_dict(start)
+    assert values(one, optimizers[0]) == values(other, optimizers[1])
+    assert same(snapshot(one), snapshot(other))
+
+
+def test_an_exception_in_the_closure_leaves_the_weights_of_the_last_step() -> None:
+    one, other = made("llama"), made("llama")
+    train(one, "exact", 3)
+    _, optimizer = train(other, Offload(), 3)
+
+    def broken() -> torch.Tensor:
+        hook = other.model.layers[1].mlp.register_forward_hook(lambda *_: 1 / 0)
+        try:
+            return loss_of(other)()
+        finally:
+            hook.remove()
+
+    with pytest.raises(ZeroDivisionError):
+        optimizer.estimate(broken)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_tensors_that_are_frozen_in_between() -> None:
+    results = []
+    for weights in ("exact", Offload()):
+        model = made("llama")
+        _, optimizer = train(model, weights, 2)
+        model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
+        model.lm_head.weight.requires_grad_(False)
+        found = values(model, optimizer, 2)
+        model.lm_head.weight.requires_grad_(True)
+        results.append((found + values(model, optimizer, 2), snapshot(model)))
+    assert results[0][0] == results[1][0]
+    assert same(results[0][1], results[1][1])
+
+
+# ---- the files
+
+
+def test_a_write_that_fails_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = made("llama"), made("llama")
+    train(one, "exact", 4)
+    _, optimizer = train(other, Offload(), 3)
+    tier = offloaded(optimizer)._tier
+    plain, calls = tier.write, iter(range(100))
+
+    def failing(*given: Any) -> None:
+        if next(calls) == 1:
+            raise OSError(28, "No space left on device")
+        plain(*given)
+
+    monkeypatch.setattr(tier, "write", failing)
+    with pytest.raises(OSError, match="No space"):
+        values(other, optimizer, 4)
+    steps = optimizer.steps
+    assert steps in (3, 4)
+    values(other, optimizer, 4 - steps)
+    assert same(snapshot(other), snapshot(one))
+
+
+def test_each_write_goes_to_a_free_slot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is valid is never written over: a kill in the middle of a write costs the write alone."""
+    model = made("llama")
+    _, optimizer = train(model, Offload(str(tmp_path)), 1)
+    tier = offloaded(optimizer)._tier
+    plain, written = tier.write, []
+
+    def checked(parcel: Any, memory: torch.Tensor, step: int) -> None:
+        own = tier._slots[parcel]
+        before = own.path.read_bytes()
+        plain(parcel, memory, step)
+        written.append((own.path.read_bytes() == before, tier._slots[parcel] is not own))
+
+    monkeypatch.setattr(tier, "write", checked)
+    values(model, optimizer, 3)
+    model.state_dict()
+    assert written == [(True, True)] * 4 * len(tier._slots)
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
+    _, optimizer = train(made("llama"), Offload(str(tmp_path)), 1)
+    with pytest.raises(ValueError, match=r"Another run has its weights in .*Give each run a folder of its own"):
+        train(made("llama"), Offload(str(tmp_path)), 1)
+    assert offloaded(optimizer)
+
+
+# ---- opened from safetensors files
+
+
+def opened(folder: Path, files: int = 2) -> Any:
+    """A model whose weights stay in two files."""
+    state = {name: tensor.clone() for name, tensor in made("llama").state_dict().items()}
+    names = sorted(state)
+    for index in range(files):
+        save_file({name: state[name] for name in names[index::files]}, folder / f"model-{index}.safetensors")
+    with torch.device("meta"):
+        model = llama()
+    model.model.rotary_emb = made("llama").model.rotary_emb
+    open_weights(model, folder)
+    return model.train()
+
+
+def test_opened_weights_are_read_in_place_until_the_first_update(tmp_path: Path) -> None:
+    one, other = made("llama"), opened(tmp_path)
+    assert same(snapshot(one), snapshot(other))
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
+    expected, _ = train(one, "exact")
+    optimizer = ZOOptimizer(other, lr=1e-3, eps=1e-2, weights=Offload(), weight_decay=0.1)
+    optimizer.estimate(loss_of(other))
+    assert not offloaded(optimizer)._tier._slots
+    optimizer.discard()
+    residency = optimizer.residency
+    assert values(other, optimizer) == expected
+    assert optimizer.residency is residency
+    assert same(snapshot(one), snapshot(other))
+    assert before == {path: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
+
+
+def test_opened_weights_that_were_written_to_are_taken_from_memory(tmp_path: Path) -> None:
+    one, other = made("llama"), opened(tmp_path)
+    for model in (one, other):
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight[3, 5] = 2.0
+    assert train(one, "exact")[0] == train(other, Offload())[0]
+
+
+FILES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "none": (lambda path: path.unlink(), r"There is no \*.safetensors file in"),
+    "damaged": (lambda path: path.write_bytes(b"nothing of that kind"), r"is not a safetensors file"),
+    "cut off": (lambda path: path.write_bytes(path.read_bytes()[:-4000]), r"is cut off: it ends before .* does"),
+    "another shape": (lambda path: _edit(path, "model.norm.weight", torch.ones(3)), r"as F32 of shape \(3,\); the model has"),
+    "another dtype": (
+        lambda path: _edit(path, "model.norm.weight", torch.ones(64).half()),
+        r"as F16 of shape .*the model has torch.float32",
+    ),
+    "more": (lambda path: _edit(path, "more", torch.ones(3)), r"The files have 'more', which the model has not"),
+    "less": (lambda path: _edit(path, "model.norm.weight", None), r"The files do not have 'model.norm.weight'; 1 weights are missing"),
+}
+
+
+def _edit(path: Path, name: str, tensor: torch.Tensor | None) -> None:
+    state = made("llama").state_dict()
+    state.pop(name, None)
+    save_file({**state, **({} if tensor is None else {name: tensor})}, path)
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_files_that_do_not_fit(kind: str, tmp_path: Path) -> None:
+    change, message = FILES[kind]
+    path = tmp_path / "model.safetensors"
+    save_file(made("llama").state_dict(), path)
+    change(path)
+    with torch.device("meta"):
+        model = llama()
+    model.model.rotary_emb = made("llama").model.rotary_emb
+    with pytest.raises(ValueError, match=message):
+        open_weights(model, tmp_path)
+
+
+def test_buffers_on_the_meta_device(tmp_path: Path) -> None:
+    save_file(made("llama").state_dict(), tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        model = llama()
+    with pytest.raises(ValueError, match=r"The buffer 'model.rotary_emb.inv_freq' is on the meta device.*init_empty_weights"):
+        open_weights(model, tmp_path)
