@@ -102,6 +102,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         self._idle = 0
         super().__init__(groups, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
         self._trained()
+        if isinstance(weights, Offload):
+            _ = self.residency  # before a checkpoint is loaded into weights that are still in memory
 
     def _trained(self) -> list[Trained]:
         trained = collect(self.param_groups, self._names)

@@ -53,12 +53,15 @@ def _like(tensor: Tensor, memory: Tensor) -> Tensor:
 
 
 def parcels_of(module: nn.Module, trained: Sequence[Trained], names: dict[int, str]) -> dict[nn.Module | None, list[Parcel]]:
-    """For each block, and each module outside of blocks that owns matrices, the parcels that it needs: one of its own matrices, and one for
-    each that it shares with another. Under None those that no module owns.
+    """For each block, and each module outside of blocks that owns matrices, the parcels that it needs: one of its own matrices that steps
+    change, one of those that they only read, and one for each that it shares with another. Under None those that no module owns.
 
-    Vectors stay where they are: they are some thousandths of a model, and read at every step.
+    Vectors stay where they are: they are some thousandths of a model, and read at every step. So do adapters, all that is trained where
+    that is less than a twentieth of the model.
     """
-    every = [*trained, *_frozen(module, trained, names)]
+    frozen = _frozen(module, trained, names)
+    few = 20 * _nbytes(trained) <= _nbytes(trained) + _nbytes(frozen)
+    every = [*([] if few else trained), *frozen]
     large = [p for p in every if p.tensor.dim() > 1 and p.tensor.numel() and _dense(p.tensor)]
     units = units_of(module, large)
     owners: dict[int, int] = {}
@@ -69,9 +72,14 @@ def parcels_of(module: nn.Module, trained: Sequence[Trained], names: dict[int, s
     found: dict[nn.Module | None, list[Parcel]] = {}
     for unit in units:
         own = [p for p in unit.parameters if id(p) not in shared]
-        found[unit.module] = [Parcel.of(own[0].name, own)] if own else []
+        kinds = [[p for p in own if (p.group == FROZEN) is still] for still in (False, True)]
+        found[unit.module] = [Parcel.of(some[0].name, some) for some in kinds if some]
         found[unit.module] += [shared[id(p)] for p in unit.parameters if id(p) in shared]
     return found
+
+
+def _nbytes(tensors: Sequence[Trained]) -> int:
+    return sum(p.tensor.nbytes for p in tensors)
 
 
 def _dense(tensor: Tensor) -> bool:

@@ -72,6 +72,7 @@ class Stream:
         self._lent[parcel] = (memory, 1)
         step = self._bring_up(parcel, memory)
         if step is not None:
+            self._collect(wait=True)  # one write at a time bounds the memory
             self._lent[parcel] = (memory, 2)
             self._writing[parcel] = self._writer.submit(self._tier.write, parcel, memory, step)
             self.traffic.written += parcel.nbytes

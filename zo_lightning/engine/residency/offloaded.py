@@ -24,7 +24,7 @@ from zo_lightning.engine.parameters import Trained, names_of
 from zo_lightning.engine.residency.exact import Exact
 from zo_lightning.engine.residency.scratch import _point, _without_modes
 from zo_lightning.engine.residency.swap import Swap
-from zo_lightning.engine.residency.units import Unit
+from zo_lightning.engine.residency.units import Unit, compiled_part
 from zo_lightning.engine.signals import held
 
 
@@ -37,10 +37,6 @@ class Offload:
     """
 
     folder: str | None = None
-
-    @property
-    def name(self) -> str:
-        return "offload"
 
 
 @dataclass
@@ -78,13 +74,15 @@ class Offloaded(Exact):
 
     A forward pass reads a block from its file before the block runs, ahead of time, and points the parameters there; what steps have
     changed since is applied then, once, and written back. `settled()` and everything that saves or compares weights makes all changes that
-    are due. Vectors stay in memory.
+    are due. Vectors and adapters stay in memory.
+
+    Its steps are those of "exact" in every bit, and it has the same name in the step log: either goes on with the other's run.
     """
 
-    name = "offload"
     keep_after = 1 << 62  # scratch of every unit would be the whole model
 
     def __init__(self, module: nn.Module, trained: Sequence[Trained], noise: Noise, offload: Offload) -> None:
+        _check(module)
         self._steps = 0
         self._users: Counter[Parcel] = Counter()
         self._due: dict[Parcel, list[Due]] = {}
@@ -289,3 +287,12 @@ class Offloaded(Exact):
         for hook in self._hooks_of_base:
             hook.remove()
         self._stream.close()
+
+
+def _check(module: nn.Module) -> None:
+    compiled = compiled_part(module)
+    if compiled is not None:
+        raise ValueError(f"weights=Offload() works through hooks, which a compiled module ({compiled}) never runs. Do not compile it.")
+    elsewhere = next((p.device for p in module.parameters() if p.device.type != "cpu"), None)
+    if elsewhere is not None:
+        raise ValueError(f"weights=Offload() streams from files to the CPU so far; this model is on {elsewhere}. Keep it on the CPU.")

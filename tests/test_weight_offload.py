@@ -1,0 +1,167 @@
+"""WeightOffload under both hosts: the run of weights="exact", also when it is cut off, saved, loaded, evaluated and logged in between."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning_models
+import pytest
+import torch
+from hf_tools import bert, llama, losses, same, texts, tokens, trainer, weights
+from keeper_tools import equal
+from lightning_models import HOST_WARNINGS, NAMES, lightning, lit, loader, loss_of, net
+from peft import LoraConfig, get_peft_model
+from scissors import CutError, Scissors
+
+from zo_lightning.callbacks import SparseMask, TrajectoryLog, WeightOffload
+from zo_lightning.engine.residency import Offloaded
+from zo_lightning.engine.trajectory import read_log
+from zo_lightning.strategy import ZOStrategy
+
+pytestmark = [
+    pytest.mark.filterwarnings(text) for text in (*HOST_WARNINGS, "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+]
+pytestmark += [pytest.mark.filterwarnings(r"ignore:The run in .* was cut off:zo_lightning.engine.messages.ZOWarning")]
+
+
+def modules(name: str) -> Any:
+    class Validated(lit(name)):  # type: ignore[misc]
+        """With validation and its losses."""
+
+        seen: list[float]
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.seen.append(float(loss_of(self.net, batch)))
+
+    return Validated
+
+
+def fit(folder: Path, *callbacks: Any, name: str = NAMES[0], seed: int = 0, path: Any = None, **options: Any) -> Any:
+    torch.manual_seed(seed)
+    module = modules(name)(net(), lambda m: torch.optim.SGD(m.parameters(), lr=0.01, weight_decay=0.1))
+    module.seen = []
+    if seed:
+        with torch.no_grad():
+            for weight in module.parameters():
+                weight.normal_()
+    torch.manual_seed(0)
+    saving = any("ModelCheckpoint" in type(one).__name__ for one in callbacks)
+    kept = "auto" if any(isinstance(one, WeightOffload) for one in callbacks) else "exact"
+    host = lightning_models.trainer(
+        folder,
+        name,
+        strategy=ZOStrategy(weights=kept, eps=1e-2),
+        callbacks=list(callbacks),
+        enable_checkpointing=saving,
+        **{"max_epochs": 2, "val_check_interval": 3, **options},
+    )
+    try:
+        host.fit(module, loader(shuffle=True), loader(32), ckpt_path=path)
+    except CutError:
+        return None
+    return module
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_lightning_makes_the_exact_steps(name: str, tmp_path: Path) -> None:
+    whole = fit(tmp_path / "exact", TrajectoryLog(), name=name)
+    streamed = fit(tmp_path / "streamed", WeightOffload(), TrajectoryLog(), name=name)
+    assert equal(streamed.state_dict(), whole.state_dict())
+    assert streamed.seen == whole.seen
+    exact, offload = (read_log(next((tmp_path / run).glob("**/trajectory.zolog"))) for run in ("exact", "streamed"))
+    assert offload.steps == exact.steps
+    assert [type(record) for record in offload.records] == [type(record) for record in exact.records]
+
+
+@pytest.mark.parametrize("save", [None, 2])
+@pytest.mark.parametrize("cut", [1, 4, 11])
+def test_a_lightning_run_that_is_killed_goes_on(cut: int, save: int | None, tmp_path: Path) -> None:
+    def more() -> list[Any]:
+        kept = [lightning().callbacks.ModelCheckpoint(every_n_train_steps=save, save_top_k=-1)] if save else []
+        return [WeightOffload(), SparseMask("small_weights", 0.3, refresh=3, summary=False), TrajectoryLog(), *kept]
+
+    whole = fit(tmp_path / "whole", *more()[1:])
+    assert fit(tmp_path / "run", *more(), Scissors(cut)) is None
+    again = fit(tmp_path / "run", *more(), seed=7)
+    assert equal(again.state_dict(), whole.state_dict())
+
+
+def test_lightning_accumulates(tmp_path: Path) -> None:
+    whole = fit(tmp_path / "exact", accumulate_grad_batches=4)
+    streamed = fit(tmp_path / "streamed", WeightOffload(), accumulate_grad_batches=4)
+    assert equal(streamed.state_dict(), whole.state_dict())
+
+
+# ---- Hugging Face
+
+
+def lora(seed: int) -> Any:
+    base = llama(0)
+    torch.manual_seed(seed)
+    return get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+
+
+MODELS: dict[str, Any] = {"bert": (bert, texts), "bfloat16": (lambda seed: llama(seed, torch.bfloat16), tokens), "lora": (lora, tokens)}
+
+
+def run(folder: Path, kind: str, *callbacks: Any, seed: int = 0, **given: Any) -> Any:
+    make, data = MODELS[kind]
+    own = {"max_steps": 6, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "logging_steps": 1, "zo_eps": 1e-2, **given}
+    kept = {} if any(isinstance(one, WeightOffload) for one in callbacks) else {"zo_weights": "exact"}
+    host = trainer(
+        folder, make(seed), data=data(), callbacks=list(callbacks), eval_dataset=data(), eval_strategy="steps", eval_steps=2, **own, **kept
+    )
+    host.train()
+    return host
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_trainer_makes_the_exact_steps(kind: str, tmp_path: Path) -> None:
+    whole, streamed = run(tmp_path / "exact", kind), run(tmp_path / "streamed", kind, WeightOffload())
+    assert isinstance(streamed.zo_optimizer.residency, Offloaded)
+    assert losses(streamed) == losses(whole)
+    assert losses(streamed, "eval_loss") == losses(whole, "eval_loss")
+    assert same(weights(streamed.model), weights(whole.model))
+    assert all(value > 0 for value in losses(streamed, "zo/offload/gb_read"))
+    written = losses(streamed, "zo/offload/gb_written")
+    assert len(written) == 6
+    assert (max(written) > 0) is (kind != "lora")  # adapters stay in memory, their base is only read
+
+
+@pytest.mark.parametrize("save", [False, True])
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_trainer_that_is_killed_goes_on(kind: str, save: bool, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2} if save else {"save_strategy": "no"}
+    whole = run(tmp_path / "whole", kind, TrajectoryLog(), **given)
+    with pytest.raises(CutError):
+        run(tmp_path / "run", kind, WeightOffload(), TrajectoryLog(), Scissors(5), **given)
+    again = run(
+        tmp_path / "run", kind, *([WeightOffload()] if save else []), TrajectoryLog(), seed=9, **given
+    )  # exact weights go on as well
+    assert same(weights(again.model), weights(whole.model))
+
+
+def test_what_the_trainer_saves_is_loaded_by_a_model_in_memory(tmp_path: Path) -> None:
+    host = run(tmp_path, "bert", WeightOffload())
+    host.save_model(str(tmp_path / "saved"))
+    loaded = type(host.model).from_pretrained(tmp_path / "saved")
+    assert same(weights(loaded), weights(host.model))
+
+
+# ---- mistakes
+
+
+def test_another_weights_option_beside_it(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"weights='inplace' beside WeightOffload, which streams exact weights. Leave weights= out"):
+        trainer(tmp_path, callbacks=[WeightOffload()], zo_weights="inplace").train()
+
+
+def test_a_compiled_model(tmp_path: Path) -> None:
+    from zo_lightning.engine import ZOOptimizer
+    from zo_lightning.engine.residency import Offload
+
+    model = net()
+    model[0]._compiled_call_impl = model[0]._call_impl
+    with pytest.raises(ValueError, match=r"works through hooks, which a compiled module \('0'\) never runs. Do not compile it"):
+        ZOOptimizer(model, weights=Offload())
