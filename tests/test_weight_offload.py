@@ -126,7 +126,8 @@ def test_the_trainer_makes_the_exact_steps(kind: str, tmp_path: Path) -> None:
     assert all(value > 0 for value in losses(streamed, "zo/offload/gb_read"))
     written = losses(streamed, "zo/offload/gb_written")
     assert len(written) == 6
-    assert (max(written) > 0) is (kind != "lora")  # adapters stay in memory, their base is only read
+    share = max(written) / max(losses(streamed, "zo/offload/gb_read"))
+    assert 0 <= share < 0.1 if kind == "lora" else 0.4 < share < 0.6  # a base of adapters is only read
 
 
 @pytest.mark.parametrize("save", [False, True])
@@ -136,9 +137,8 @@ def test_a_trainer_that_is_killed_goes_on(kind: str, save: bool, tmp_path: Path)
     whole = run(tmp_path / "whole", kind, TrajectoryLog(), **given)
     with pytest.raises(CutError):
         run(tmp_path / "run", kind, WeightOffload(), TrajectoryLog(), Scissors(5), **given)
-    again = run(
-        tmp_path / "run", kind, *([WeightOffload()] if save else []), TrajectoryLog(), seed=9, **given
-    )  # exact weights go on as well
+    here = [WeightOffload()] if save else []  # exact weights go on as well
+    again = run(tmp_path / "run", kind, *here, TrajectoryLog(), seed=9, **given)
     assert same(weights(again.model), weights(whole.model))
 
 
