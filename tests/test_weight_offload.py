@@ -127,7 +127,7 @@ def test_the_trainer_makes_the_exact_steps(kind: str, tmp_path: Path) -> None:
     written = losses(streamed, "zo/offload/gb_written")
     assert len(written) == 6
     share = max(written) / max(losses(streamed, "zo/offload/gb_read"))
-    assert 0 <= share < 0.1 if kind == "lora" else 0.4 < share < 0.6  # a base of adapters is only read
+    assert (share > 0.1) is (kind != "lora")  # a base of adapters is only read
 
 
 @pytest.mark.parametrize("save", [False, True])
