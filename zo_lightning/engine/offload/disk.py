@@ -3,26 +3,52 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
 import os
 import shutil
 import tempfile
 import weakref
-import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy
+import torch
 from torch import Tensor
 
-from zo_lightning.engine.offload.mapped import PAGE, Mapped
+from zo_lightning.engine.offload.mapped import PAGE, Mapped, forget
 from zo_lightning.engine.offload.parcels import Parcel
 from zo_lightning.engine.offload.sources import Source, source_of
 
 VERSION = 1
-_PIECE = 1 << 26
-"""Bytes of one read or write; the system takes at most 2 GiB at a time."""
+_PIECE = 1 << 22
+"""Bytes that one core copies at a time; after a write they are still in the cache to be summed up."""
+
+
+class Checksum(NamedTuple):
+    """The sum and the exclusive or of all 64-bit words, at the speed of memory: other ones where an older piece stands among the rest."""
+
+    total: int = 0
+    xor: int = 0
+
+    @staticmethod
+    def of(piece: memoryview) -> Checksum:
+        """Of some bytes, a multiple of 8."""
+        words = numpy.frombuffer(piece, dtype=numpy.uint64)
+        return Checksum(int(words.sum(dtype=numpy.uint64)), int(numpy.bitwise_xor.reduce(words)))
+
+    def __add__(self, other: Checksum) -> Checksum:  # type: ignore[override]
+        """Of the bytes of both."""
+        return Checksum((self.total + other.total) % 2**64, self.xor ^ other.xor)
+
+    @property
+    def text(self) -> str:
+        """32 hexadecimal digits."""
+        return f"{self.total:016x}{self.xor:016x}"
 
 
 class Slot:
@@ -36,13 +62,15 @@ class Slot:
     def write(self, memory: Tensor, stamp: dict[str, Any]) -> None:
         """The weights, then the stamp."""
         view = memoryview(memory.numpy())
-        checksum = 0
-        for at in range(0, len(view), _PIECE):
-            piece = view[at : at + _PIECE]
-            checksum = zlib.crc32(piece, checksum)
-            if os.pwritev(self.descriptor, [piece], at) != len(piece):
+
+        def piece(begin: int) -> Checksum:
+            some = view[begin : begin + _PIECE]
+            if os.pwritev(self.descriptor, [some], begin) != len(some):
                 raise OSError(f"{self.path} could not be written as a whole. Is the disk full?")
-        text = json.dumps({**stamp, "checksum": checksum}).encode()
+            return Checksum.of(some)
+
+        checksum = sum(_copiers().map(piece, range(0, len(view), _PIECE)), Checksum())
+        text = json.dumps({**stamp, "checksum": checksum.text}).encode()
         os.pwrite(self.descriptor, text.ljust(PAGE, b"\0"), self.nbytes)
 
 
@@ -90,22 +118,32 @@ class DiskTier:
         """Take the pages that were used at home out of the process's memory."""
         if parcel in self._maps:
             self._maps[parcel].forget()
+        else:
+            for tensor in self._homes[parcel]:
+                forget(tensor)
+
+    def announce(self, parcel: Parcel) -> None:
+        """It will be read soon: the system may get it from the disk meanwhile."""
+        slot = self._slots.get(parcel)
+        if slot is not None:
+            _advise(slot.descriptor, 0, parcel.nbytes)
+            return
+        for p, source in zip(parcel.tensors, self._sources[parcel], strict=True):
+            with _opened(source.path) as descriptor:
+                _advise(descriptor, source.offset, p.tensor.nbytes)
 
     def read(self, parcel: Parcel, memory: Tensor) -> None:
-        """The parcel's bytes. Blocks."""
+        """The parcel's bytes."""
         slot = self._slots.get(parcel)
         if slot is not None:
             _read(slot.descriptor, 0, memory[: parcel.nbytes], slot.path)
             return
         for p, offset, source in zip(parcel.tensors, parcel.offsets, self._sources[parcel], strict=True):
-            descriptor = os.open(source.path, os.O_RDONLY)
-            try:
+            with _opened(source.path) as descriptor:
                 _read(descriptor, source.offset, memory[offset : offset + p.tensor.nbytes], source.path)
-            finally:
-                os.close(descriptor)
 
     def write(self, parcel: Parcel, memory: Tensor, step: int) -> None:
-        """The parcel's bytes after `step` steps, into a free slot, which is its own from then on. Blocks."""
+        """The parcel's bytes after `step` steps, into a free slot, which is its own from then on."""
         free, old = self._free[_rounded(parcel)], self._slots.get(parcel)
         free[-1].write(memory[: parcel.nbytes], {"version": VERSION, "parcel": parcel.name, "step": step})
         self._move(parcel, free.pop())
@@ -121,12 +159,34 @@ class DiskTier:
         self._slots[parcel] = slot
 
 
+@contextmanager
+def _opened(path: str) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _advise(descriptor: int, begin: int, nbytes: int) -> None:
+    if hasattr(os, "posix_fadvise"):  # not on macOS
+        os.posix_fadvise(descriptor, begin, nbytes, os.POSIX_FADV_WILLNEED)
+
+
 def _read(descriptor: int, start: int, memory: Tensor, path: object) -> None:
     view = memoryview(memory.numpy())
-    for at in range(0, len(view), _PIECE):
-        piece = view[at : at + _PIECE]
-        if os.preadv(descriptor, [piece], start + at) != len(piece):
+
+    def piece(begin: int) -> None:
+        some = view[begin : begin + _PIECE]
+        if os.preadv(descriptor, [some], start + begin) != len(some):
             raise OSError(f"{path} is shorter than it was; its weights are lost.")
+
+    list(_copiers().map(piece, range(0, len(view), _PIECE)))
+
+
+@functools.cache
+def _copiers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(torch.get_num_threads(), "zo-copy")
 
 
 def _rounded(parcel: Parcel) -> int:

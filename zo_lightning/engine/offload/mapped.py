@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,16 +25,11 @@ class Mapped:
     def __init__(self, descriptor: int, nbytes: int) -> None:
         if sys.platform == "win32":
             raise OSError("Weights can be streamed from files on Linux and macOS only.")
-        self._libc = ctypes.CDLL(None, use_errno=True)
-        self._libc.mmap.restype = ctypes.c_void_p
-        self._libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-        for call in (self._libc.madvise, self._libc.munmap):
-            call.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * (call is self._libc.madvise)]
         self.nbytes = nbytes
         self._address = self._map(None, descriptor, _SHARED)
 
     def _map(self, address: int | None, descriptor: int, flags: int) -> int:
-        found: int = self._libc.mmap(address, self.nbytes, _READ_WRITE, flags, descriptor, 0)
+        found: int = _libc().mmap(address, self.nbytes, _READ_WRITE, flags, descriptor, 0)
         if found in (None, ctypes.c_void_p(-1).value):
             number = ctypes.get_errno()
             raise OSError(number, f"A file of weights of {self.nbytes} bytes could not be mapped into memory")
@@ -48,4 +45,21 @@ class Mapped:
 
     def forget(self) -> None:
         """The process does not need the pages just now; what was written is in the file."""
-        self._libc.madvise(self._address, self.nbytes, _DONT_NEED)
+        _libc().madvise(self._address, self.nbytes, _DONT_NEED)
+
+
+def forget(tensor: Tensor) -> None:
+    """The same for the whole pages of a tensor in a private map of a file that nobody has written to."""
+    begin = -(-tensor.data_ptr() // PAGE) * PAGE
+    nbytes = (tensor.data_ptr() + tensor.nbytes) // PAGE * PAGE - begin
+    if nbytes > 0:
+        _libc().madvise(begin, nbytes, _DONT_NEED)
+
+
+@functools.cache
+def _libc() -> Any:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return libc

@@ -1,10 +1,9 @@
-"""Parcels on their way: read ahead of their use on one thread, written behind it on another, in a few buffers."""
+"""Parcels on their way: read when they are needed, announced to the tier before, and written as soon as they were changed."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +16,8 @@ from zo_lightning.engine.offload.parcels import Parcel
 class Tier(Protocol):
     """Where parcels are while nobody uses them."""
 
+    def announce(self, parcel: Parcel) -> None: ...
+
     def read(self, parcel: Parcel, memory: Tensor) -> None: ...
 
     def write(self, parcel: Parcel, memory: Tensor, step: int) -> None: ...
@@ -24,59 +25,59 @@ class Tier(Protocol):
 
 @dataclass
 class Traffic:
-    """What was moved since the run began: bytes read and written, seconds that somebody waited for a parcel."""
+    """What was moved since the run began: bytes read and written, seconds that it took."""
 
     read: int = 0
     written: int = 0
-    waited: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass
+class Update:
+    """Changes that a parcel lacked: made in memory, to be written, or taken back."""
+
+    step: int
+    written: Callable[[], None]
+    failed: Callable[[], None]
 
 
 class Stream:
-    """Lends parcels in memory. `bring_up(parcel, memory)` makes the changes that are due, and says after how many steps the parcel then is;
-    None where there were none. `written(parcel, error)` is told when these are in the tier, or why they are not.
+    """Lends parcels in memory, in buffers that are used again. `update(parcel, memory)` makes the changes that are due; None: there were none.
+
+    All cores copy, one parcel at a time, between steps of the computation: a thread that copied beside it would take a core from kernels
+    which wait for the slowest of theirs. What takes long, disks, is left to the system: it reads ahead what was announced, and writes
+    behind.
     """
 
-    def __init__(
-        self, tier: Tier, bring_up: Callable[[Parcel, Tensor], int | None], written: Callable[[Parcel, BaseException | None], None]
-    ) -> None:
-        self._tier, self._bring_up, self._written = tier, bring_up, written
-        self._reader = ThreadPoolExecutor(1, "zo-read")
-        self._writer = ThreadPoolExecutor(1, "zo-write")
-        self._loading: dict[Parcel, Future[Tensor]] = {}
+    def __init__(self, tier: Tier, update: Callable[[Parcel, Tensor], Update | None]) -> None:
+        self._tier, self._update = tier, update
         self._lent: dict[Parcel, tuple[Tensor, int]] = {}
-        self._writing: dict[Parcel, Future[None]] = {}
         self._free: dict[int, list[Tensor]] = {}
         self._follows: dict[tuple[Parcel | None, Parcel], Parcel] = {}
         self._last: tuple[Parcel | None, Parcel | None] = (None, None)
-        self._firsts: set[Parcel] = set()
-        """Those that were taken while nothing was on its way: a forward pass begins with them. They are not read ahead, for between two
-        passes weights may be written by others."""
         self.traffic = Traffic()
 
-    def take(self, parcel: Parcel, following: Parcel | None = None) -> Tensor:
-        """The parcel's bytes in memory, brought up to date, until as many calls of `give`.
-
-        `following` is read ahead; None: what came next the last time.
-        """
+    def take(self, parcel: Parcel) -> Tensor:
+        """The parcel's bytes in memory, with all changes, until as many calls of `give`. OSError where they can't be read or written."""
         if parcel in self._lent:
             memory, count = self._lent[parcel]
             self._lent[parcel] = (memory, count + 1)
             return memory
-        self._collect()
-        began = time.perf_counter()
-        if not self._loading:
-            self._firsts.add(parcel)
-        memory = self._load(parcel).result()
-        self.traffic.waited += time.perf_counter() - began
-        del self._loading[parcel]
-        self._lent[parcel] = (memory, 1)
-        step = self._bring_up(parcel, memory)
-        if step is not None:
-            self._collect(wait=True)  # one write at a time bounds the memory
-            self._lent[parcel] = (memory, 2)
-            self._writing[parcel] = self._writer.submit(self._tier.write, parcel, memory, step)
+        memory = self._buffer(parcel)
+        self._timed(self._tier.read, parcel, memory)
+        self.traffic.read += parcel.nbytes
+        update = self._update(parcel, memory)
+        if update is not None:
+            try:
+                self._timed(self._tier.write, parcel, memory, update.step)
+            except BaseException:
+                self._free.setdefault(len(memory), []).append(memory)
+                update.failed()
+                raise
             self.traffic.written += parcel.nbytes
-        self._look_ahead(parcel) if following is None else self._load(following)
+            update.written()
+        self._lent[parcel] = (memory, 1)
+        self._look_ahead(parcel)
         return memory
 
     def give(self, parcel: Parcel) -> None:
@@ -87,57 +88,23 @@ class Stream:
         else:
             self._free.setdefault(len(memory), []).append(memory)
 
-    def being_written(self, parcel: Parcel) -> bool:
-        """Whether the memory that was lent is just read by the writer: it must not be changed."""
-        return parcel in self._writing
+    def _buffer(self, parcel: Parcel) -> Tensor:
+        free = self._free.get(parcel.nbytes)
+        return free.pop() if free else torch.empty(parcel.nbytes, dtype=torch.uint8)
 
-    def drop(self) -> None:
-        """What was read ahead is not used: weights may be written by others from now on."""
-        for future in self._loading.values():
-            memory = future.result()
-            self._free.setdefault(len(memory), []).append(memory)
-        self._loading = {}
-
-    def drain(self) -> None:
-        """Wait for all writes. OSError of one that failed."""
-        self._collect(wait=True)
+    def _timed(self, move: Callable[..., None], *given: object) -> None:
+        began = time.perf_counter()
+        try:
+            move(*given)
+        finally:
+            self.traffic.seconds += time.perf_counter() - began
 
     def _look_ahead(self, parcel: Parcel) -> None:
+        """Announce what came next the last time that these two came one after the other."""
         before, last = self._last
         if last is not None:
             self._follows[before, last] = parcel
         self._last = (last, parcel)
         following = self._follows.get((last, parcel))
-        if following is not None and following not in self._lent and following not in self._firsts:
-            self._load(following)
-
-    def _load(self, parcel: Parcel) -> Future[Tensor]:
-        if parcel not in self._loading:
-            free = self._free.get(parcel.nbytes)
-            memory = free.pop() if free else torch.empty(parcel.nbytes, dtype=torch.uint8)
-            self._loading[parcel] = self._reader.submit(self._read, parcel, memory, self._writing.get(parcel))
-            self.traffic.read += parcel.nbytes
-        return self._loading[parcel]
-
-    def _read(self, parcel: Parcel, memory: Tensor, before: Future[None] | None) -> Tensor:
-        if before is not None:
-            before.exception()  # it is read once its own write has ended
-        self._tier.read(parcel, memory)
-        return memory
-
-    def _collect(self, wait: bool = False) -> None:
-        """Take leave of the writes that ended."""
-        ended = [parcel for parcel, future in self._writing.items() if wait or future.done()]
-        errors = []
-        for parcel in ended:
-            error = self._writing.pop(parcel).exception()
-            self.give(parcel)
-            self._written(parcel, error)
-            errors += [] if error is None else [error]
-        if errors:
-            raise errors[0]
-
-    def close(self) -> None:
-        """End the threads."""
-        self._reader.shutdown()
-        self._writer.shutdown()
+        if following is not None and following not in self._lent:
+            self._tier.announce(following)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from itertools import groupby, zip_longest
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from zo_lightning.engine.masks.state import Masks
 from zo_lightning.engine.noise import Change, Noise, sweep
 from zo_lightning.engine.noise.changes import apply_changes
 from zo_lightning.engine.noise.members import Listed
-from zo_lightning.engine.offload import DiskTier, Parcel, Stream, Traffic, parcels_of
+from zo_lightning.engine.offload import DiskTier, Parcel, Stream, Traffic, Update, parcels_of
 from zo_lightning.engine.offload.parcels import FROZEN
 from zo_lightning.engine.parameters import Trained, names_of
 from zo_lightning.engine.residency.exact import Exact
@@ -86,8 +86,6 @@ class Offloaded(Exact):
         self._steps = 0
         self._users: Counter[Parcel] = Counter()
         self._due: dict[Parcel, list[Due]] = {}
-        self._made: dict[Parcel, list[Due]] = {}
-        """What was made last, until it is known to be written."""
         self._fetched: dict[nn.Module, list[ExitStack]] = {}
         super().__init__(module, trained, noise)
         self._holders = parcels_of(module, self.trained, names_of(module))
@@ -96,7 +94,7 @@ class Offloaded(Exact):
             raise ValueError("weights=Offload(): the model has no matrices, which are what is kept in files. Use weights='exact'.")
         self._of = {id(p): parcel for parcel in self._parcels for p in parcel.tensors}
         self._tier = DiskTier(offload.folder, self._parcels)
-        self._stream = Stream(self._tier, self._bring_up, self._written)
+        self._stream = Stream(self._tier, self._update)
         self._places: dict[int, int] = {}
         """By id of a parameter the address where it is while nobody uses it."""
         for parcel in self._parcels:
@@ -224,8 +222,6 @@ class Offloaded(Exact):
         except BaseException:
             self.flush()
             raise
-        finally:
-            self._stream.drop()
 
     # ---- updates
 
@@ -239,8 +235,8 @@ class Offloaded(Exact):
     def _moves(self, p: Trained, change: Change) -> bool:
         return p.group != FROZEN and self.masks.trains(p.key) and (change.steps[p.group][0] != 1.0 or any(change.steps[p.group][1]))
 
-    def _bring_up(self, parcel: Parcel, memory: Tensor) -> int | None:
-        """Make the changes that are due in memory that was lent; after how many steps the weights then are."""
+    def _update(self, parcel: Parcel, memory: Tensor) -> Update | None:
+        """Make the changes that are due in memory that has the parcel."""
         due = self._due.pop(parcel, None)
         if due is None:
             return None
@@ -251,26 +247,15 @@ class Offloaded(Exact):
             moving = [p for p in weights if masks.trains(p.key)]
             known = {p.key: mask for p in moving if (mask := masks.of(p.key)) is not None}
             apply_changes(moving, [one.change for one in some], self.noise, known)
-        self._made[parcel] = due
-        return due[-1].step
-
-    def _written(self, parcel: Parcel, error: BaseException | None) -> None:
-        """The file has the parcel, or as it was before."""
-        made = self._made.pop(parcel)
-        if error is not None:
-            self._due[parcel] = [*made, *self._due.get(parcel, [])]
-        elif not self._users[parcel]:
-            self._go_to_files(parcel)
+        return Update(due[-1].step, lambda: self._go_to_files(parcel), lambda: self._due.update({parcel: due}))
 
     def flush(self) -> None:
-        """Make all changes that are due, and wait until they are written. OSError where they can't be."""
+        """Make all changes that are due. OSError where they can't be written."""
         with held(), _without_modes(), torch.inference_mode(False), torch.no_grad():
-            due = [parcel for parcel in self._parcels if parcel in self._due]
-            for parcel, following in zip_longest(due, due[1:]):
-                self._stream.take(parcel, following)
-                self._stream.give(parcel)
-            self._stream.drain()
-            self._stream.drop()
+            for parcel in self._parcels:
+                if parcel in self._due:
+                    self._stream.take(parcel)
+                    self._stream.give(parcel)
 
     @contextmanager
     def settled(self) -> Iterator[None]:
@@ -286,7 +271,6 @@ class Offloaded(Exact):
         self.flush()
         for hook in self._hooks_of_base:
             hook.remove()
-        self._stream.close()
 
 
 def _check(module: nn.Module) -> None:
