@@ -155,7 +155,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "resident_after_import_bytes": ends["offload"]["imported"],
         "allowed_bytes": 900_000_000 + 3 * block,
         "bytes_per_step": {kind: ends["offload"]["traffic"][kind] / steps for kind in ("read", "written")},
-        "moving_seconds_per_step": ends["offload"]["traffic"]["seconds"] / steps,
+        "waited_seconds_per_step": ends["offload"]["traffic"]["waited"] / steps,
         "equal_losses": ends["memory"]["losses"] == ends["offload"]["losses"],
         "equal_weights": ends["memory"]["sums"] == ends["offload"]["sums"],
     }

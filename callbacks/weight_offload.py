@@ -6,9 +6,8 @@ import dataclasses
 import os
 
 from zo_lightning.callbacks.base import Run, ZOCallback
-from zo_lightning.engine.offload import Traffic
 from zo_lightning.engine.options import EngineOptions
-from zo_lightning.engine.residency import Offload, Offloaded
+from zo_lightning.engine.residency import Offload, Offloaded, Traffic
 
 
 class WeightOffload(ZOCallback):
@@ -19,7 +18,7 @@ class WeightOffload(ZOCallback):
     with all updates. Code of your own that reads or writes weights between two steps does so inside `with optimizer.settled():`.
     Vectors stay in memory, and adapters, where what is trained is less than a twentieth of the model.
 
-    Logs, as `zo/offload/...` over the steps since the last log: gigabytes read and written a step, seconds that it took a step.
+    Logs, as `zo/offload/...` over the steps since the last log: gigabytes read and written a step, seconds waited for the disk a step.
 
     Args:
         folder: of the files, on a fast disk with room for the model and a block; None makes a temporary one, removed in the end.
@@ -61,5 +60,5 @@ class WeightOffload(ZOCallback):
         return {
             "zo/offload/gb_read": (now.read - before.read) / made / 1e9,
             "zo/offload/gb_written": (now.written - before.written) / made / 1e9,
-            "zo/offload/seconds": (now.seconds - before.seconds) / made,
+            "zo/offload/seconds_waited": (now.waited - before.waited) / made,
         }

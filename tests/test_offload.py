@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from transformers import (
 from zo_lightning.engine import SPSA, ZOOptimizer
 from zo_lightning.engine.masks import Mask, Sensitive
 from zo_lightning.engine.offload import open_weights
+from zo_lightning.engine.offload.disk import checksum
+from zo_lightning.engine.offload.mapped import PAGE
 from zo_lightning.engine.residency import Offload, Offloaded
 
 IDS = torch.randint(0, 300, (8, 12), generator=torch.Generator().manual_seed(3))
@@ -227,39 +231,59 @@ def test_a_write_that_fails_is_made_again(monkeypatch: pytest.MonkeyPatch) -> No
     train(one, "exact", 4)
     _, optimizer = train(other, Offload(), 3)
     tier = offloaded(optimizer)._tier
-    plain, calls = tier.write, iter(range(100))
+    plain, calls = tier.commit, iter(range(100))
 
     def failing(*given: Any) -> None:
         if next(calls) == 1:
-            raise OSError(28, "No space left on device")
+            raise OSError(5, "Input/output error")
         plain(*given)
 
-    monkeypatch.setattr(tier, "write", failing)
-    with pytest.raises(OSError, match="No space"):
-        values(other, optimizer, 4)
-    steps = optimizer.steps
-    assert steps in (3, 4)
-    values(other, optimizer, 4 - steps)
+    monkeypatch.setattr(tier, "commit", failing)
+    with pytest.raises(OSError, match="Input/output"):
+        values(other, optimizer, 1)
+    assert optimizer.steps == 3
+    values(other, optimizer, 1)
     assert same(snapshot(other), snapshot(one))
 
 
-def test_each_write_goes_to_a_free_slot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is valid is never written over: a kill in the middle of a write costs the write alone."""
+def test_no_room_on_the_disk_is_known_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for everything is taken then, so that the disk can't fill up in the middle of a run."""
+
+    def full(*given: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    model = made("llama")
+    before = snapshot(model)
+    with pytest.raises(OSError, match=r"There is no room for 0.8 MB of weights in .*: No space left"):
+        train(model, Offload(str(tmp_path)), 1)
+    assert same(snapshot(model), before)
+
+
+def test_each_update_goes_to_a_free_slot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is valid is never written over: a kill in the middle of an update costs the update alone."""
     model = made("llama")
     _, optimizer = train(model, Offload(str(tmp_path)), 1)
     tier = offloaded(optimizer)._tier
-    plain, written = tier.write, []
+    draft, commit, begun, made_so = tier.draft, tier.commit, {}, []
 
-    def checked(parcel: Any, memory: torch.Tensor, step: int) -> None:
-        own = tier._slots[parcel]
-        before = own.path.read_bytes()
-        plain(parcel, memory, step)
-        written.append((own.path.read_bytes() == before, tier._slots[parcel] is not own))
+    def drafted(parcel: Any) -> Any:
+        begun[parcel] = (tier._slots[parcel], tier._slots[parcel].path.read_bytes())
+        return draft(parcel)
 
-    monkeypatch.setattr(tier, "write", checked)
+    def committed(parcel: Any, step: int) -> None:
+        own, before = begun.pop(parcel)
+        assert own.path.read_bytes() == before
+        commit(parcel, step)
+        stamp = json.loads(tier._slots[parcel].path.read_bytes()[-PAGE:].rstrip(b"\0"))
+        found = checksum(torch.frombuffer(bytearray(tier._slots[parcel].path.read_bytes()[:-PAGE]), dtype=torch.uint8))
+        made_so.append((own.path.read_bytes() == before, tier._slots[parcel] is not own, stamp["step"] == step, stamp["checksum"] == found))
+
+    monkeypatch.setattr(tier, "draft", drafted)
+    monkeypatch.setattr(tier, "commit", committed)
     values(model, optimizer, 3)
     model.state_dict()
-    assert written == [(True, True)] * 4 * len(tier._slots)
+    assert made_so == [(True,) * 4] * 4 * len(tier._slots)
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import fcntl
-import functools
 import json
 import os
 import shutil
 import tempfile
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -25,53 +20,31 @@ from zo_lightning.engine.offload.parcels import Parcel
 from zo_lightning.engine.offload.sources import Source, source_of
 
 VERSION = 1
-_PIECE = 1 << 22
-"""Bytes that one core copies at a time; after a write they are still in the cache to be summed up."""
-
-
-class Checksum(NamedTuple):
-    """The sum and the exclusive or of all 64-bit words, at the speed of memory: other ones where an older piece stands among the rest."""
-
-    total: int = 0
-    xor: int = 0
-
-    @staticmethod
-    def of(piece: memoryview) -> Checksum:
-        """Of some bytes, a multiple of 8."""
-        words = numpy.frombuffer(piece, dtype=numpy.uint64)
-        return Checksum(int(words.sum(dtype=numpy.uint64)), int(numpy.bitwise_xor.reduce(words)))
-
-    def __add__(self, other: Checksum) -> Checksum:  # type: ignore[override]
-        """Of the bytes of both."""
-        return Checksum((self.total + other.total) % 2**64, self.xor ^ other.xor)
-
-    @property
-    def text(self) -> str:
-        """32 hexadecimal digits."""
-        return f"{self.total:016x}{self.xor:016x}"
+_PIECE = 1 << 20
 
 
 class Slot:
     """A file with room for one parcel, and behind it a stamp: which parcel, after how many steps, and the checksum."""
 
-    def __init__(self, path: Path, nbytes: int) -> None:
+    def __init__(self, path: Path, nbytes: int, descriptors: list[int]) -> None:
         self.path, self.nbytes = path, -(-nbytes // PAGE) * PAGE
         self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        descriptors.append(self.descriptor)
         os.posix_fallocate(self.descriptor, 0, self.nbytes + PAGE)  # a full disk is an error now, not in the middle of a run
 
-    def write(self, memory: Tensor, stamp: dict[str, Any]) -> None:
-        """The weights, then the stamp."""
-        view = memoryview(memory.numpy())
+    def stamp(self, **words: object) -> None:
+        """Say what the slot has now."""
+        os.pwrite(self.descriptor, json.dumps(words).encode().ljust(PAGE, b"\0"), self.nbytes)
 
-        def piece(begin: int) -> Checksum:
-            some = view[begin : begin + _PIECE]
-            if os.pwritev(self.descriptor, [some], begin) != len(some):
-                raise OSError(f"{self.path} could not be written as a whole. Is the disk full?")
-            return Checksum.of(some)
 
-        checksum = sum(_copiers().map(piece, range(0, len(view), _PIECE)), Checksum())
-        text = json.dumps({**stamp, "checksum": checksum.text}).encode()
-        os.pwrite(self.descriptor, text.ljust(PAGE, b"\0"), self.nbytes)
+def checksum(memory: Tensor) -> str:
+    """The sum and the weighted sum of all 64-bit words, modulo 2**64: other ones where an older piece stands among the rest."""
+    words = memory.view(torch.int64)
+    total, weighted = 0, 0
+    for number, piece in enumerate(words.split(_PIECE), 1):
+        some = int(piece.sum())
+        total, weighted = total + some, weighted + number * some
+    return f"{total % 2**64:016x}{weighted % 2**64:016x}"
 
 
 class DiskTier:
@@ -88,9 +61,17 @@ class DiskTier:
         lock = _locked(self.folder)
         wanted = Counter(_rounded(parcel) for parcel in parcels)
         sizes = [size for size, count in sorted(wanted.items()) for _ in range(count + 1)]
-        slots = [Slot(self.folder / f"slot-{number:05d}.bin", size) for number, size in enumerate(sizes)]
-        weakref.finalize(self, _close, [lock, *(slot.descriptor for slot in slots)])
+        descriptors = [lock]
+        weakref.finalize(self, _close, descriptors)
+        slots = []
+        try:
+            for number, size in enumerate(sizes):
+                slots.append(Slot(self.folder / f"slot-{number:05d}.bin", size, descriptors))
+        except OSError as error:
+            why = f"There is no room for {sum(sizes) / 1e6:.1f} MB of weights in {self.folder}: {error.strerror}"
+            raise OSError(error.errno, why) from error
         self._free: dict[int, list[Slot]] = {size: [slot for slot in slots if slot.nbytes == size] for size in wanted}
+        self._drafts = {size: Mapped(free[-1].descriptor, size) for size, free in self._free.items()}
         self._slots: dict[Parcel, Slot] = {}
         self._maps: dict[Parcel, Mapped] = {}
         self._homes: dict[Parcel, list[Tensor]] = {}
@@ -105,14 +86,39 @@ class DiskTier:
         if len(sources) == len(tensors):
             self._sources[parcel], self._homes[parcel] = sources, tensors
             return
-        self._move(parcel, self._free[_rounded(parcel)].pop())
-        for home, tensor in zip(self._homes[parcel], tensors, strict=True):
-            home.copy_(tensor)
-        self.forget(parcel)
+        for draft, tensor in zip(self.draft(parcel), tensors, strict=True):
+            draft.copy_(tensor)
+        self.commit(parcel, 0)
 
     def home(self, parcel: Parcel) -> list[Tensor]:
-        """The tensors as they are in the file: to be read and written anywhere, at addresses that stay after the first `write`."""
+        """The tensors as they are in the file: to be read and written anywhere, at addresses that stay after the first `commit`."""
         return self._homes[parcel]
+
+    def moved_in(self, parcel: Parcel) -> bool:
+        """Whether it has a slot, in which its tensors are aligned; otherwise it is still in safetensors files."""
+        return parcel in self._slots
+
+    def read(self, parcel: Parcel, memory: Tensor) -> None:
+        """The bytes of a parcel that has no slot yet, from its safetensors files. OSError where they have become shorter."""
+        for home, view in zip(self._homes[parcel], parcel.views(lambda begin, end: memory[begin:end]), strict=True):
+            view.copy_(home)
+
+    def announce(self, parcel: Parcel) -> None:
+        """It will be used soon: the system may get it from the disk meanwhile."""
+        if not hasattr(os, "posix_fadvise"):  # macOS
+            return
+        if parcel in self._slots:
+            os.posix_fadvise(self._slots[parcel].descriptor, 0, parcel.nbytes, os.POSIX_FADV_WILLNEED)
+            return
+        for p, source in zip(parcel.tensors, self._sources[parcel], strict=True):
+            descriptor = os.open(source.path, os.O_RDONLY)
+            os.posix_fadvise(descriptor, source.offset, p.tensor.nbytes, os.POSIX_FADV_WILLNEED)
+            os.close(descriptor)
+
+    def fetch(self, parcel: Parcel) -> None:
+        """Wait until it is in memory."""
+        if parcel in self._maps:
+            self._maps[parcel].fetch()
 
     def forget(self, parcel: Parcel) -> None:
         """Take the pages that were used at home out of the process's memory."""
@@ -122,71 +128,27 @@ class DiskTier:
             for tensor in self._homes[parcel]:
                 forget(tensor)
 
-    def announce(self, parcel: Parcel) -> None:
-        """It will be read soon: the system may get it from the disk meanwhile."""
-        slot = self._slots.get(parcel)
-        if slot is not None:
-            _advise(slot.descriptor, 0, parcel.nbytes)
-            return
-        for p, source in zip(parcel.tensors, self._sources[parcel], strict=True):
-            with _opened(source.path) as descriptor:
-                _advise(descriptor, source.offset, p.tensor.nbytes)
+    def draft(self, parcel: Parcel) -> list[Tensor]:
+        """Tensors like the parcel's in a slot that nobody uses, to be filled before `commit`."""
+        size = _rounded(parcel)
+        self._drafts[size].move(self._free[size][-1].descriptor)
+        return parcel.views(self._drafts[size].stretch)
 
-    def read(self, parcel: Parcel, memory: Tensor) -> None:
-        """The parcel's bytes."""
-        slot = self._slots.get(parcel)
-        if slot is not None:
-            _read(slot.descriptor, 0, memory[: parcel.nbytes], slot.path)
-            return
-        for p, offset, source in zip(parcel.tensors, parcel.offsets, self._sources[parcel], strict=True):
-            with _opened(source.path) as descriptor:
-                _read(descriptor, source.offset, memory[offset : offset + p.tensor.nbytes], source.path)
-
-    def write(self, parcel: Parcel, memory: Tensor, step: int) -> None:
-        """The parcel's bytes after `step` steps, into a free slot, which is its own from then on."""
-        free, old = self._free[_rounded(parcel)], self._slots.get(parcel)
-        free[-1].write(memory[: parcel.nbytes], {"version": VERSION, "parcel": parcel.name, "step": step})
-        self._move(parcel, free.pop())
-        if old is not None:
-            free.append(old)
-
-    def _move(self, parcel: Parcel, slot: Slot) -> None:
+    def commit(self, parcel: Parcel, step: int) -> None:
+        """What was written to the draft is the parcel after `step` steps, from now on; what it was before is kept until the next draft."""
+        size = _rounded(parcel)
+        words = checksum(self._drafts[size].stretch(0, size))
+        slot, old = self._free[size][-1], self._slots.get(parcel)
+        slot.stamp(version=VERSION, parcel=parcel.name, step=step, checksum=words)
+        self._drafts[size].forget()
         if parcel in self._maps:
             self._maps[parcel].move(slot.descriptor)
         else:
             self._maps[parcel] = Mapped(slot.descriptor, slot.nbytes)
             self._homes[parcel] = parcel.views(self._maps[parcel].stretch)
-        self._slots[parcel] = slot
-
-
-@contextmanager
-def _opened(path: str) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _advise(descriptor: int, begin: int, nbytes: int) -> None:
-    if hasattr(os, "posix_fadvise"):  # not on macOS
-        os.posix_fadvise(descriptor, begin, nbytes, os.POSIX_FADV_WILLNEED)
-
-
-def _read(descriptor: int, start: int, memory: Tensor, path: object) -> None:
-    view = memoryview(memory.numpy())
-
-    def piece(begin: int) -> None:
-        some = view[begin : begin + _PIECE]
-        if os.preadv(descriptor, [some], start + begin) != len(some):
-            raise OSError(f"{path} is shorter than it was; its weights are lost.")
-
-    list(_copiers().map(piece, range(0, len(view), _PIECE)))
-
-
-@functools.cache
-def _copiers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(torch.get_num_threads(), "zo-copy")
+        self._slots[parcel] = self._free[size].pop()
+        if old is not None:
+            self._free[size].append(old)
 
 
 def _rounded(parcel: Parcel) -> int:

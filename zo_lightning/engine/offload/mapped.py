@@ -13,7 +13,7 @@ from torch import Tensor
 
 PAGE = mmap.PAGESIZE
 _SHARED, _FIXED, _READ_WRITE = 0x01, 0x10, mmap.PROT_READ | mmap.PROT_WRITE  # the same numbers on Linux and macOS
-_DONT_NEED = 4
+_DONT_NEED, _POPULATE_READ = 4, 22
 
 
 class Mapped:
@@ -47,9 +47,13 @@ class Mapped:
         """The process does not need the pages just now; what was written is in the file."""
         _libc().madvise(self._address, self.nbytes, _DONT_NEED)
 
+    def fetch(self) -> None:
+        """Have all pages in memory, from the disk where they are not in the system's cache; else each first use would wait for one."""
+        _libc().madvise(self._address, self.nbytes, _POPULATE_READ)  # without it (before Linux 5.14, on macOS) uses will wait
+
 
 def forget(tensor: Tensor) -> None:
-    """The same for the whole pages of a tensor in a private map of a file that nobody has written to."""
+    """Take the whole pages of a tensor, in a private map of a file that nobody has written to, out of the process's memory."""
     begin = -(-tensor.data_ptr() // PAGE) * PAGE
     nbytes = (tensor.data_ptr() + tensor.nbytes) // PAGE * PAGE - begin
     if nbytes > 0:

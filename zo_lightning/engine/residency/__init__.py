@@ -5,7 +5,7 @@ from zo_lightning.engine.residency.choose import WEIGHTS, build_residency
 from zo_lightning.engine.residency.exact import Exact
 from zo_lightning.engine.residency.inplace import InPlace
 from zo_lightning.engine.residency.masters import Masters
-from zo_lightning.engine.residency.offloaded import Offload, Offloaded
+from zo_lightning.engine.residency.offloaded import Offload, Offloaded, Traffic
 from zo_lightning.engine.residency.scratch import Copy
 
-__all__ = ["WEIGHTS", "Copy", "Exact", "InPlace", "Masters", "Offload", "Offloaded", "Residency", "build_residency"]
+__all__ = ["WEIGHTS", "Copy", "Exact", "InPlace", "Masters", "Offload", "Offloaded", "Residency", "Traffic", "build_residency"]

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zo_lightning.engine.estimators import Displacement
-from zo_lightning.engine.masks.rules import Chosen
 from zo_lightning.engine.masks.state import Masks
-from zo_lightning.engine.noise import Change, Noise, sweep
+from zo_lightning.engine.noise import Change, Item, Noise, sweep
 from zo_lightning.engine.noise.changes import apply_changes
 from zo_lightning.engine.noise.members import Listed
-from zo_lightning.engine.offload import DiskTier, Parcel, Stream, Traffic, Update, parcels_of
+from zo_lightning.engine.offload import DiskTier, Parcel, parcels_of
 from zo_lightning.engine.offload.parcels import FROZEN
 from zo_lightning.engine.parameters import Trained, names_of
 from zo_lightning.engine.residency.exact import Exact
@@ -39,13 +38,23 @@ class Offload:
     folder: str | None = None
 
 
-@dataclass
 class Due:
     """A change that a parcel still lacks, with the masks it was made for."""
 
-    change: Change
-    masks: Chosen | None
-    step: int
+    def __init__(self, change: Change, masks: Masks, step: int) -> None:
+        self.change, self.masks, self.step = change, masks.chosen, step
+
+    def moves(self, p: Trained) -> bool:
+        """Whether it changes anything of a tensor."""
+        if p.group == FROZEN or not Masks.fixed(self.masks).trains(p.key):
+            return False
+        decay, coefficients = self.change.steps[p.group]
+        return decay != 1.0 or any(coefficients)
+
+    def make(self, weights: Sequence[Trained], noise: Noise) -> None:
+        """Make it, in place."""
+        moving, masks = [p for p in weights if self.moves(p)], Masks.fixed(self.masks)
+        apply_changes(moving, [self.change], noise, {p.key: mask for p in moving if (mask := masks.of(p.key)) is not None})
 
 
 class _Hook:
@@ -69,12 +78,21 @@ def _nothing(*args: Any) -> None:
     """The hook of a copy."""
 
 
-class Offloaded(Exact):
-    """While nobody uses them, parameters are memory-mapped files: whoever reads them (a state dict, a fingerprint) finds base weights.
+@dataclass
+class Traffic:
+    """What was moved since the run began: bytes of parcels that were used and written, seconds that their use waited for the disk."""
 
-    A forward pass reads a block from its file before the block runs, ahead of time, and points the parameters there; what steps have
-    changed since is applied then, once, and written back. `settled()` and everything that saves or compares weights makes all changes that
-    are due. Vectors and adapters stay in memory.
+    read: int = 0
+    written: int = 0
+    waited: float = 0.0
+
+
+class Offloaded(Exact):
+    """Parameters are memory-mapped files, all the time: whoever reads them (a state dict, a fingerprint) finds base weights.
+
+    A block's pages are in memory while it runs; those of the next one are read ahead by the system. What a step changes is made when a
+    block is used the next time: out of place, from its slot into a free one, so that a kill at any moment leaves what is valid.
+    `settled()`, and everything that saves, loads or compares weights, makes all changes that are due. Vectors and adapters stay in memory.
 
     Its steps are those of "exact" in every bit, and it has the same name in the step log: either goes on with the other's run.
     """
@@ -83,41 +101,37 @@ class Offloaded(Exact):
 
     def __init__(self, module: nn.Module, trained: Sequence[Trained], noise: Noise, offload: Offload) -> None:
         _check(module)
+        self.traffic = Traffic()
         self._steps = 0
         self._users: Counter[Parcel] = Counter()
         self._due: dict[Parcel, list[Due]] = {}
-        self._fetched: dict[nn.Module, list[ExitStack]] = {}
+        self._buffers: dict[Parcel, Tensor] = {}
+        self._free: dict[int, list[Tensor]] = {}
+        self._places: dict[int, int] = {}
+        """By id of a parameter the address where it is while nobody uses it."""
+        self._follows: dict[tuple[Parcel | None, Parcel], Parcel] = {}
+        self._last: tuple[Parcel | None, Parcel | None] = (None, None)
+        self._entered: dict[nn.Module, list[ExitStack]] = {}
         super().__init__(module, trained, noise)
         self._holders = parcels_of(module, self.trained, names_of(module))
         self._parcels = list(dict.fromkeys(parcel for parcels in self._holders.values() for parcel in parcels))
         if not self._parcels:
             raise ValueError("weights=Offload(): the model has no matrices, which are what is kept in files. Use weights='exact'.")
         self._of = {id(p): parcel for parcel in self._parcels for p in parcel.tensors}
-        self._tier = DiskTier(offload.folder, self._parcels)
-        self._stream = Stream(self._tier, self._update)
-        self._places: dict[int, int] = {}
-        """By id of a parameter the address where it is while nobody uses it."""
-        for parcel in self._parcels:
-            self._go_to_files(parcel)
+        with held(), _without_modes(), torch.inference_mode(False), torch.no_grad():
+            self._tier = DiskTier(offload.folder, self._parcels)
+            for parcel in self._parcels:
+                self._move_in(parcel)
         self._hooks_of_base = self._hook()
 
-    def _go_to_files(self, parcel: Parcel) -> None:
-        with _without_modes():
-            for p, home in zip(parcel.tensors, self._tier.home(parcel), strict=True):
-                _point(p, [home] * len(p.aliases))
-                self._places.update((id(alias), home.data_ptr()) for alias in p.aliases)
-
-    def keeps(self, tensor: Tensor) -> bool:
-        return tensor.data_ptr() == self._places.get(id(tensor))
-
     def _hook(self) -> list[Any]:
-        """Modules fetch their weights wherever they run, and nobody saves weights that lack an update."""
+        """Modules use their weights wherever they run, and nobody saves weights that lack an update."""
         hooks: list[Any] = []
         for module, parcels in self._holders.items():
             if module is not None:
-                fetch, release = (_Hook(torch.compiler.disable(call)) for call in (self._fetch(parcels), self._release))
-                hooks.append(module.register_forward_pre_hook(fetch, prepend=True))
-                hooks.append(module.register_forward_hook(release, always_call=True))
+                enter, leave = (_Hook(torch.compiler.disable(call)) for call in (self._entering(parcels), self._leaving))
+                hooks.append(module.register_forward_pre_hook(enter, prepend=True))
+                hooks.append(module.register_forward_hook(leave, always_call=True))
         for module in self._root.modules():
             hooks.append(module.register_state_dict_pre_hook(_Hook(self._before_states)))
             hooks.append(module.register_load_state_dict_pre_hook(_Hook(self._before_states)))
@@ -127,65 +141,93 @@ class Offloaded(Exact):
         """What is loaded is not changed by updates of before, and what is saved has them all."""
         self.flush()
 
-    @property
-    def traffic(self) -> Traffic:
-        """What was moved so far."""
-        return self._stream.traffic
-
     def steady(self) -> list[Trained]:
         return [p for p in self.trained if id(p) not in self._of]
 
+    def keeps(self, tensor: Tensor) -> bool:
+        return tensor.data_ptr() == self._places.get(id(tensor))
+
+    def _move_in(self, parcel: Parcel) -> None:
+        for p, home in zip(parcel.tensors, self._tier.home(parcel), strict=True):
+            _point(p, [home] * len(p.aliases))
+            self._places.update((id(alias), home.data_ptr()) for alias in p.aliases)
+
     # ---- forward passes
 
-    def _fetch(self, parcels: Sequence[Parcel]) -> Callable[..., None]:
+    def _entering(self, parcels: Sequence[Parcel]) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
             stack = ExitStack()
-            stack.enter_context(self._lent(parcels))
-            self._fetched.setdefault(module, []).append(stack)
+            stack.enter_context(self._used(parcels))
+            self._entered.setdefault(module, []).append(stack)
 
         return hook
 
-    def _release(self, module: nn.Module, args: Any, output: Any) -> None:
-        stacks = self._fetched.get(module)
+    def _leaving(self, module: nn.Module, args: Any, output: Any) -> None:
+        stacks = self._entered.get(module)
         if stacks:
             stacks.pop().close()
 
     def _based(self, parameters: Sequence[Trained]) -> AbstractContextManager[None]:
-        return self._lent(list(dict.fromkeys(self._of[id(p)] for p in parameters if id(p) in self._of)))
+        return self._used(list(dict.fromkeys(self._of[id(p)] for p in parameters if id(p) in self._of)))
 
     @contextmanager
-    def _lent(self, parcels: Sequence[Parcel]) -> Iterator[None]:
-        """Inside it, the parameters of these parcels are in memory.
-
-        A pass that is watched reads the files themselves: a view that a module hands out must stay what it is.
-        """
-        watched = self._point is not None and self._point[0] is None
+    def _used(self, parcels: Sequence[Parcel]) -> Iterator[None]:
+        """Inside it, the parameters of these parcels are in memory, with all updates."""
         with ExitStack() as stack:
             for parcel in parcels:
-                if watched:
-                    stack.callback(self._tier.forget, parcel)
-                else:
-                    with held():
-                        self._take(parcel)
-                        stack.callback(self._give, parcel)
+                with held(), _without_modes(), torch.inference_mode(False), torch.no_grad():
+                    self._begin_use(parcel)
+                stack.callback(self._end_use, parcel)
             yield
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def _take(self, parcel: Parcel) -> None:
-        if not self._users[parcel]:
-            with _without_modes():
-                memory = self._stream.take(parcel)
-                for p, view in zip(parcel.tensors, parcel.views(lambda begin, end: memory[begin:end]), strict=True):
-                    _point(p, [view] * len(p.aliases))
+    def _begin_use(self, parcel: Parcel) -> None:
         self._users[parcel] += 1
+        if self._users[parcel] > 1:
+            return
+        try:
+            began = time.perf_counter()
+            self._tier.fetch(parcel)
+            self.traffic.waited += time.perf_counter() - began
+            self.traffic.read += parcel.nbytes
+            self._bring_up(parcel)
+            self._look_ahead(parcel)
+            watched = self._point is not None and self._point[0] is None  # views that modules hand out must stay what they are
+            if not self._tier.moved_in(parcel) and not watched:
+                self._copy(parcel)
+        except BaseException:
+            self._users[parcel] -= 1
+            raise
 
-    @torch.inference_mode(False)
-    def _give(self, parcel: Parcel) -> None:
+    def _copy(self, parcel: Parcel) -> None:
+        """Matrix kernels may round differently on memory that is not aligned, as tensors in safetensors files are not."""
+        free = self._free.setdefault(parcel.nbytes, [])
+        memory = free.pop() if free else torch.empty(parcel.nbytes, dtype=torch.uint8)
+        views = parcel.views(lambda begin, end: memory[begin:end])
+        for p, home, view in zip(parcel.tensors, self._tier.home(parcel), views, strict=True):
+            _point(p, [view.copy_(home)] * len(p.aliases))
+        self._tier.forget(parcel)
+        self._buffers[parcel] = memory
+
+    def _end_use(self, parcel: Parcel) -> None:
         self._users[parcel] -= 1
-        if not self._users[parcel]:
-            self._go_to_files(parcel)
-            self._stream.give(parcel)
+        if self._users[parcel]:
+            return
+        with held(), _without_modes(), torch.inference_mode(False):
+            memory = self._buffers.pop(parcel, None)
+            if memory is not None:
+                self._free[parcel.nbytes].append(memory)
+                self._move_in(parcel)
+            self._tier.forget(parcel)
+
+    def _look_ahead(self, parcel: Parcel) -> None:
+        """Announce what came next the last time that these two came one after the other."""
+        before, last = self._last
+        if last is not None:
+            self._follows[before, last] = parcel
+        self._last = (last, parcel)
+        following = self._follows.get((last, parcel))
+        if following is not None and not self._users[following]:
+            self._tier.announce(following)
 
     def _shown(self, unit: Unit, args: Any, point: Displacement | None, eps: Sequence[float]) -> AbstractContextManager[None]:
         shown = super()._shown(unit, args, point, eps)
@@ -197,7 +239,7 @@ class Offloaded(Exact):
     def _with_lists(
         self, shown: AbstractContextManager[None], listed: Sequence[tuple[Trained, Listed]], point: Displacement, eps: Sequence[float]
     ) -> Iterator[None]:
-        """Listed elements are displaced in a copy: the writer may still read what was lent."""
+        """Listed elements are displaced in a copy: what is in the files is never written by an evaluation."""
         parameters = [p for p, _ in listed]
         with shown:
             outs, give_back = self._scratch.take(parameters)
@@ -228,34 +270,45 @@ class Offloaded(Exact):
     def update(self, change: Change) -> None:
         super().update(change)
         self._steps += 1
+        due = Due(change, self.masks, self._steps)
         for parcel in self._parcels:
-            if any(self._moves(p, change) for p in parcel.tensors):
-                self._due.setdefault(parcel, []).append(Due(change, self.masks.chosen, self._steps))
+            if any(due.moves(p) for p in parcel.tensors):
+                self._due.setdefault(parcel, []).append(due)
 
-    def _moves(self, p: Trained, change: Change) -> bool:
-        return p.group != FROZEN and self.masks.trains(p.key) and (change.steps[p.group][0] != 1.0 or any(change.steps[p.group][1]))
-
-    def _update(self, parcel: Parcel, memory: Tensor) -> Update | None:
-        """Make the changes that are due in memory that has the parcel."""
+    def _bring_up(self, parcel: Parcel) -> None:
+        """Make the changes that are due: the first on the way to a free slot, others there."""
         due = self._due.pop(parcel, None)
         if due is None:
-            return None
-        views = parcel.views(lambda begin, end: memory[begin:end])
-        weights = [replace(p, tensor=view) for p, view in zip(parcel.tensors, views, strict=True) if p.group != FROZEN]
-        for chosen, some in groupby(due, key=lambda one: one.masks):
-            masks = Masks.fixed(chosen)
-            moving = [p for p in weights if masks.trains(p.key)]
-            known = {p.key: mask for p in moving if (mask := masks.of(p.key)) is not None}
-            apply_changes(moving, [one.change for one in some], self.noise, known)
-        return Update(due[-1].step, lambda: self._go_to_files(parcel), lambda: self._due.update({parcel: due}))
+            return
+        try:
+            first, homes, drafts = due[0], self._tier.home(parcel), self._tier.draft(parcel)
+            masks = Masks.fixed(first.masks)
+            weights = [replace(p, tensor=draft) for p, draft in zip(parcel.tensors, drafts, strict=True)]
+            on_the_way = [first.moves(p) and not isinstance(masks.of(p.key), Listed) for p in weights]
+            items = []
+            for p, home, there in zip(weights, homes, on_the_way, strict=True):
+                if there:
+                    items.append(Item(p.tensor, home, p.key, *first.change.steps[p.group], mask=masks.of(p.key)))
+                else:
+                    p.tensor.copy_(home)
+            sweep(items, first.change.seeds, self.noise, rounding=first.change.rounding)
+            first.make([p for p, there in zip(weights, on_the_way, strict=True) if not there], self.noise)
+            for one in due[1:]:
+                one.make(weights, self.noise)
+            self._tier.commit(parcel, due[-1].step)
+        except BaseException:
+            self._due[parcel] = due
+            raise
+        self.traffic.written += parcel.nbytes
+        self._move_in(parcel)
 
     def flush(self) -> None:
         """Make all changes that are due. OSError where they can't be written."""
-        with held(), _without_modes(), torch.inference_mode(False), torch.no_grad():
+        with self._turns.turn():
             for parcel in self._parcels:
                 if parcel in self._due:
-                    self._stream.take(parcel)
-                    self._stream.give(parcel)
+                    with self._used([parcel]):
+                        pass
 
     @contextmanager
     def settled(self) -> Iterator[None]:
@@ -265,7 +318,8 @@ class Offloaded(Exact):
                 yield
             finally:
                 for parcel in self._parcels:
-                    self._tier.forget(parcel)
+                    if not self._users[parcel]:
+                        self._tier.forget(parcel)
 
     def close(self) -> None:
         self.flush()
