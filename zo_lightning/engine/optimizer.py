@@ -135,9 +135,10 @@ class ZOOptimizer(torch.optim.Optimizer):
             trained = self._trained()
             if any(p.tensor._backward_hooks or p.tensor._post_accumulate_grad_hooks for p in trained):
                 say_once("grad_hooks", "Hooks on the gradients of parameters never run: forward-only training computes no gradient.")
-            if self._residency is not None:
-                self._residency.close()
-            self._residency = build_residency(self.weights, self.module, trained, self.noise)
+            before = self._residency
+            if before is not None:
+                before.close()
+            self._residency = build_residency(self.weights, self.module, trained, self.noise, before)
             self._residency.masters, self._residency.masks = self.masters, self.masks
             self._signature = signature(self.param_groups, self._residency.keeps)
         return self._residency

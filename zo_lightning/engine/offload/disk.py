@@ -28,6 +28,7 @@ class Slot:
 
     def __init__(self, path: Path, nbytes: int, descriptors: list[int]) -> None:
         self.path, self.nbytes = path, -(-nbytes // PAGE) * PAGE
+        path.unlink(missing_ok=True)  # an earlier one may still be mapped
         self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         descriptors.append(self.descriptor)
         os.posix_fallocate(self.descriptor, 0, self.nbytes + PAGE)  # a full disk is an error now, not in the middle of a run
@@ -62,7 +63,8 @@ class DiskTier:
         wanted = Counter(_rounded(parcel) for parcel in parcels)
         sizes = [size for size, count in sorted(wanted.items()) for _ in range(count + 1)]
         descriptors = [lock]
-        weakref.finalize(self, _close, descriptors)
+        self.close = weakref.finalize(self, _close, descriptors)
+        """Leave the folder to others. What is mapped stays so, but slots can't be used any more."""
         slots = []
         try:
             for number, size in enumerate(sizes):
@@ -132,6 +134,7 @@ class DiskTier:
         """Tensors like the parcel's in a slot that nobody uses, to be filled before `commit`."""
         size = _rounded(parcel)
         self._drafts[size].move(self._free[size][-1].descriptor)
+        self._drafts[size].fetch(write=True)
         return parcel.views(self._drafts[size].stretch)
 
     def commit(self, parcel: Parcel, step: int) -> None:

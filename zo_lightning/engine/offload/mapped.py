@@ -13,7 +13,7 @@ from torch import Tensor
 
 PAGE = mmap.PAGESIZE
 _SHARED, _FIXED, _READ_WRITE = 0x01, 0x10, mmap.PROT_READ | mmap.PROT_WRITE  # the same numbers on Linux and macOS
-_DONT_NEED, _POPULATE_READ = 4, 22
+_DONT_NEED, _POPULATE_READ, _POPULATE_WRITE = 4, 22, 23
 
 
 class Mapped:
@@ -47,9 +47,10 @@ class Mapped:
         """The process does not need the pages just now; what was written is in the file."""
         _libc().madvise(self._address, self.nbytes, _DONT_NEED)
 
-    def fetch(self) -> None:
+    def fetch(self, write: bool = False) -> None:
         """Have all pages in memory, from the disk where they are not in the system's cache; else each first use would wait for one."""
-        _libc().madvise(self._address, self.nbytes, _POPULATE_READ)  # without it (before Linux 5.14, on macOS) uses will wait
+        advice = _POPULATE_WRITE if write else _POPULATE_READ
+        _libc().madvise(self._address, self.nbytes, advice)  # where there is none (before Linux 5.14, on macOS) first uses wait
 
 
 def forget(tensor: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -41,10 +41,10 @@ class Parcel:
         ends = [offset + p.tensor.nbytes for p, offset in zip(self.tensors, self.offsets, strict=True)]
         return [_like(p.tensor, stretch(*span)) for p, *span in zip(self.tensors, self.offsets, ends, strict=True)]
 
-    @property
-    def trained(self) -> list[Trained]:
-        """Those that steps change."""
-        return [p for p in self.tensors if p.group != FROZEN]
+    def renew(self, trained: Sequence[Trained]) -> None:
+        """Other tensors are trained now."""
+        known = {id(alias): p for p in trained for alias in p.aliases}
+        self.tensors = [known.get(id(p.tensor)) or replace(p, group=FROZEN) for p in self.tensors]
 
 
 def _like(tensor: Tensor, memory: Tensor) -> Tensor:

@@ -22,15 +22,17 @@ SMALL_BYTES = 16 << 20
 WEIGHTS: dict[str, object] = {"auto": None, "exact": Exact, "copy": Copy, "inplace": InPlace}
 
 
-def build_residency(weights: str | Offload, module: nn.Module | None, trained: Sequence[Trained], noise: Noise) -> Residency:
+def build_residency(
+    weights: str | Offload, module: nn.Module | None, trained: Sequence[Trained], noise: Noise, before: Residency | None = None
+) -> Residency:
     """The residency called `weights`; "auto" takes copy where little is trained, exact where there are blocks, else in place.
 
-    Raises ValueError for an unknown name, and for "exact" without a module.
+    `before` is the one whose place it takes. Raises ValueError for an unknown name, and for "exact" without a module.
     """
     if isinstance(weights, Offload):
         if module is None:
             raise ValueError(f"weights={weights!r} needs the model: pass it as ZOOptimizer(model, ...) or module=model.")
-        return Offloaded(module, trained, noise, weights)
+        return Offloaded(module, trained, noise, weights, before)
     kind = choose("weights", weights, WEIGHTS, "an Offload")
     if kind is None:
         return _auto(module, trained, noise)

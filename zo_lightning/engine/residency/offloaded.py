@@ -20,6 +20,7 @@ from zo_lightning.engine.noise.members import Listed
 from zo_lightning.engine.offload import DiskTier, Parcel, parcels_of
 from zo_lightning.engine.offload.parcels import FROZEN
 from zo_lightning.engine.parameters import Trained, names_of
+from zo_lightning.engine.residency.base import Residency
 from zo_lightning.engine.residency.exact import Exact
 from zo_lightning.engine.residency.scratch import _point, _without_modes
 from zo_lightning.engine.residency.swap import Swap
@@ -99,7 +100,10 @@ class Offloaded(Exact):
 
     keep_after = 1 << 62  # scratch of every unit would be the whole model
 
-    def __init__(self, module: nn.Module, trained: Sequence[Trained], noise: Noise, offload: Offload) -> None:
+    def __init__(
+        self, module: nn.Module, trained: Sequence[Trained], noise: Noise, offload: Offload, before: Residency | None = None
+    ) -> None:
+        """`before` had other tensors to train: its files are kept where the weights are still there."""
         _check(module)
         self.traffic = Traffic()
         self._steps = 0
@@ -113,16 +117,28 @@ class Offloaded(Exact):
         self._last: tuple[Parcel | None, Parcel | None] = (None, None)
         self._entered: dict[nn.Module, list[ExitStack]] = {}
         super().__init__(module, trained, noise)
-        self._holders = parcels_of(module, self.trained, names_of(module))
+        kept = before if isinstance(before, Offloaded) and before._holds_all() else None
+        self._holders = parcels_of(module, self.trained, names_of(module)) if kept is None else kept._holders
         self._parcels = list(dict.fromkeys(parcel for parcels in self._holders.values() for parcel in parcels))
         if not self._parcels:
             raise ValueError("weights=Offload(): the model has no matrices, which are what is kept in files. Use weights='exact'.")
-        self._of = {id(p): parcel for parcel in self._parcels for p in parcel.tensors}
         with held(), _without_modes(), torch.inference_mode(False), torch.no_grad():
-            self._tier = DiskTier(offload.folder, self._parcels)
+            if kept is not None:
+                self._tier, self.traffic, self._steps = kept._tier, kept.traffic, kept._steps
+                for parcel in self._parcels:
+                    parcel.renew(self.trained)
+            else:
+                if isinstance(before, Offloaded):
+                    before._tier.close()
+                self._tier = DiskTier(offload.folder, self._parcels)
             for parcel in self._parcels:
                 self._move_in(parcel)
+        self._of = {id(p): parcel for parcel in self._parcels for p in parcel.tensors}
         self._hooks_of_base = self._hook()
+
+    def _holds_all(self) -> bool:
+        """Whether all parameters are still where they were put."""
+        return all(self.keeps(alias) for parcel in self._parcels for p in parcel.tensors for alias in p.aliases)
 
     def _hook(self) -> list[Any]:
         """Modules use their weights wherever they run, and nobody saves weights that lack an update."""
@@ -175,7 +191,7 @@ class Offloaded(Exact):
         """Inside it, the parameters of these parcels are in memory, with all updates."""
         with ExitStack() as stack:
             for parcel in parcels:
-                with held(), _without_modes(), torch.inference_mode(False), torch.no_grad():
+                with held(), self._turns.turn(), _without_modes(), torch.inference_mode(False), torch.no_grad():
                     self._begin_use(parcel)
                 stack.callback(self._end_use, parcel)
             yield
@@ -185,11 +201,11 @@ class Offloaded(Exact):
         if self._users[parcel] > 1:
             return
         try:
+            self._bring_up(parcel)
             began = time.perf_counter()
             self._tier.fetch(parcel)
             self.traffic.waited += time.perf_counter() - began
             self.traffic.read += parcel.nbytes
-            self._bring_up(parcel)
             self._look_ahead(parcel)
             watched = self._point is not None and self._point[0] is None  # views that modules hand out must stay what they are
             if not self._tier.moved_in(parcel) and not watched:
@@ -209,10 +225,10 @@ class Offloaded(Exact):
         self._buffers[parcel] = memory
 
     def _end_use(self, parcel: Parcel) -> None:
-        self._users[parcel] -= 1
-        if self._users[parcel]:
-            return
-        with held(), _without_modes(), torch.inference_mode(False):
+        with held(), self._turns.turn(), _without_modes(), torch.inference_mode(False):
+            self._users[parcel] -= 1
+            if self._users[parcel]:
+                return
             memory = self._buffers.pop(parcel, None)
             if memory is not None:
                 self._free[parcel.nbytes].append(memory)
