@@ -53,8 +53,9 @@ def open_weights(model: nn.Module, files: str | os.PathLike[str] | Iterable[str 
                 owner._parameters[name] = _opened(full, parameter, entries.pop(full))
     if entries:
         raise ValueError(f"The files have {next(iter(entries))!r}, which the model has not; {len(entries)} names do not fit.")
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()
+    tie = getattr(model, "tie_weights", None)
+    if callable(tie):
+        tie()
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
         raise ValueError(f"The files do not have {missing[0]!r}; {len(missing)} weights are missing.")

@@ -28,6 +28,10 @@ from zo_lightning.engine.residency.units import Unit, compiled_part
 from zo_lightning.engine.signals import held
 
 
+Holders = dict[nn.Module | None, list[Parcel]]
+"""The parcels that a module uses; under None those that no module owns."""
+
+
 @dataclass(frozen=True)
 class Offload:
     """Where weights live that do not fit where they are computed with, for `weights=`.
@@ -118,13 +122,14 @@ class Offloaded(Exact):
         self._entered: dict[nn.Module, list[ExitStack]] = {}
         super().__init__(module, trained, noise)
         kept = before if isinstance(before, Offloaded) and before._holds_all() else None
-        self._holders = parcels_of(module, self.trained, names_of(module)) if kept is None else kept._holders
+        self._holders: Holders = parcels_of(module, self.trained, names_of(module)) if kept is None else kept._holders
         self._parcels = list(dict.fromkeys(parcel for parcels in self._holders.values() for parcel in parcels))
         if not self._parcels:
             raise ValueError("weights=Offload(): the model has no matrices, which are what is kept in files. Use weights='exact'.")
         with held(), _without_modes(), torch.inference_mode(False), torch.no_grad():
             if kept is not None:
-                self._tier, self.traffic, self._steps = kept._tier, kept.traffic, kept._steps
+                self._tier: DiskTier = kept._tier
+                self.traffic, self._steps = kept.traffic, kept._steps
                 for parcel in self._parcels:
                     parcel.renew(self.trained)
             else:
