@@ -27,7 +27,6 @@ from zo_lightning.engine.residency.swap import Swap
 from zo_lightning.engine.residency.units import Unit, compiled_part
 from zo_lightning.engine.signals import held
 
-
 Holders = dict[nn.Module | None, list[Parcel]]
 """The parcels that a module uses; under None those that no module owns."""
 
