@@ -150,6 +150,23 @@ def test_options(options: str, dtype: torch.dtype) -> None:
     assert same(snapshot(other), snapshot(one))
 
 
+@pytest.mark.parametrize("mask", [None, Mask("small_weights", 0.01, refresh=2)], ids=["dense", "lists"])
+def test_weights_that_the_loss_reads_beside_the_model(mask: Mask | None) -> None:
+    """They belong to no module while they are read: they are on scratch during the whole evaluation."""
+    results = []
+    for weights in ("exact", Offload()):
+        model = made("llama")
+        optimizer = ZOOptimizer(model, lr=1e-3, eps=1e-2, weights=weights, mask=mask)
+
+        def penalized(model: Any = model) -> torch.Tensor:
+            return loss_of(model)() + model.model.layers[1].mlp.up_proj.weight.square().sum()
+
+        losses = [float(optimizer.step(penalized)) for _ in range(4)]  # type: ignore[arg-type]
+        results.append((losses, snapshot(model)))
+    assert results[0][0] == results[1][0]
+    assert same(results[0][1], results[1][1])
+
+
 def test_adapters_on_a_base_that_is_only_read() -> None:
     results = []
     for weights in ("exact", Offload()):

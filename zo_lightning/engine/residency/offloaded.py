@@ -249,10 +249,12 @@ class Offloaded(Exact):
         if following is not None and not self._users[following]:
             self._tier.announce(following)
 
-    def _shown(self, unit: Unit, args: Any, point: Displacement | None, eps: Sequence[float]) -> AbstractContextManager[None]:
-        shown = super()._shown(unit, args, point, eps)
-        listed = [(p, mask) for p in unit.parameters if id(p) in self._of and isinstance(mask := self.masks.of(p.key), Listed)]
-        listed = [(p, mask) for p, mask in listed if id(p) not in self._away]
+    def _on_scratch(
+        self, unit: Unit, point: Displacement | None, eps: Sequence[float], rows: Tensor | None = None
+    ) -> AbstractContextManager[None]:
+        shown = super()._on_scratch(unit, point, eps, rows)
+        here = [p for p in unit.parameters if id(p) in self._of and id(p) not in self._away]
+        listed = [(p, mask) for p in here if isinstance(mask := self.masks.of(p.key), Listed)]
         return shown if point is None or not listed else self._with_lists(shown, listed, point, eps)
 
     @contextmanager
