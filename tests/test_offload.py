@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -310,6 +312,18 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"Another run has its weights in .*Give each run a folder of its own"):
         train(made("llama"), Offload(str(tmp_path)), 1)
     assert offloaded(optimizer)
+
+
+def test_another_system_than_linux(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(ValueError, match=r"streams from files on Linux so far; this is darwin. Use weights='exact'"):
+        ZOOptimizer(made("llama"), weights=Offload())
+
+
+def test_the_package_is_imported_where_files_have_no_locks() -> None:
+    """Windows has no fcntl."""
+    code = "import sys; sys.modules['fcntl'] = None; import zo_lightning.engine, zo_lightning.offload"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
 
 
 # ---- opened from safetensors files

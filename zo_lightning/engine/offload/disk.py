@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -18,6 +17,11 @@ from torch import Tensor
 from zo_lightning.engine.offload.mapped import PAGE, Mapped, forget
 from zo_lightning.engine.offload.parcels import Parcel
 from zo_lightning.engine.offload.sources import Source, source_of
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing of this is used
+    fcntl = None  # type: ignore[assignment]
 
 VERSION = 1
 _PIECE = 1 << 20

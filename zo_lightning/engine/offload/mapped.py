@@ -5,14 +5,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import mmap
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
 PAGE = mmap.PAGESIZE
-_SHARED, _FIXED, _READ_WRITE = 0x01, 0x10, mmap.PROT_READ | mmap.PROT_WRITE  # the same numbers on Linux and macOS
+_SHARED, _FIXED, _READ_WRITE = 0x01, 0x10, mmap.PROT_READ | mmap.PROT_WRITE
 _DONT_NEED, _POPULATE_READ, _POPULATE_WRITE = 4, 22, 23
 
 
@@ -23,8 +22,6 @@ class Mapped:
     """
 
     def __init__(self, descriptor: int, nbytes: int) -> None:
-        if sys.platform == "win32":
-            raise OSError("Weights can be streamed from files on Linux and macOS only.")
         self.nbytes = nbytes
         self._address = self._map(None, descriptor, _SHARED)
 
@@ -50,7 +47,7 @@ class Mapped:
     def fetch(self, write: bool = False) -> None:
         """Have all pages in memory, from the disk where they are not in the system's cache; else each first use would wait for one."""
         advice = _POPULATE_WRITE if write else _POPULATE_READ
-        _libc().madvise(self._address, self.nbytes, advice)  # where there is none (before Linux 5.14, on macOS) first uses wait
+        _libc().madvise(self._address, self.nbytes, advice)  # where there is none (before Linux 5.14) first uses wait
 
 
 def forget(tensor: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -350,6 +351,8 @@ class Offloaded(Exact):
 
 
 def _check(module: nn.Module) -> None:
+    if sys.platform != "linux":
+        raise ValueError(f"weights=Offload() streams from files on Linux so far; this is {sys.platform}. Use weights='exact'.")
     compiled = compiled_part(module)
     if compiled is not None:
         raise ValueError(f"weights=Offload() works through hooks, which a compiled module ({compiled}) never runs. Do not compile it.")
