@@ -25,13 +25,14 @@ except ImportError:  # Windows, where nothing of this is used
 
 VERSION = 1
 _PIECE = 1 << 20
+"""Words that are summed up together."""
 
 
 class Slot:
-    """A file with room for one parcel, and behind it a stamp: which parcel, after how many steps, and the checksum."""
+    """A file with room for one parcel, whole pages, and behind it a stamp: which parcel, after how many steps, and the checksum."""
 
     def __init__(self, path: Path, nbytes: int, descriptors: list[int]) -> None:
-        self.path, self.nbytes = path, -(-nbytes // PAGE) * PAGE
+        self.path, self.nbytes = path, nbytes
         path.unlink(missing_ok=True)  # an earlier one may still be mapped
         self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         descriptors.append(self.descriptor)
@@ -104,15 +105,8 @@ class DiskTier:
         """Whether it has a slot, in which its tensors are aligned; otherwise it is still in safetensors files."""
         return parcel in self._slots
 
-    def read(self, parcel: Parcel, memory: Tensor) -> None:
-        """The bytes of a parcel that has no slot yet, from its safetensors files. OSError where they have become shorter."""
-        for home, view in zip(self._homes[parcel], parcel.views(lambda begin, end: memory[begin:end]), strict=True):
-            view.copy_(home)
-
     def announce(self, parcel: Parcel) -> None:
         """It will be used soon: the system may get it from the disk meanwhile."""
-        if not hasattr(os, "posix_fadvise"):  # macOS
-            return
         if parcel in self._slots:
             os.posix_fadvise(self._slots[parcel].descriptor, 0, parcel.nbytes, os.POSIX_FADV_WILLNEED)
             return

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from zo_lightning.engine.parameters import Trained
+from zo_lightning.engine.parameters import Trained, total_bytes
+from zo_lightning.engine.residency.memory import dense, like
 from zo_lightning.engine.residency.units import units_of
 from zo_lightning.engine.seeds import parameter_key
 
@@ -39,17 +40,12 @@ class Parcel:
     def views(self, stretch: Callable[[int, int], Tensor]) -> list[Tensor]:
         """The tensors with their shapes, dtypes and strides; `stretch(begin, end)` gives the memory of these bytes."""
         ends = [offset + p.tensor.nbytes for p, offset in zip(self.tensors, self.offsets, strict=True)]
-        return [_like(p.tensor, stretch(*span)) for p, *span in zip(self.tensors, self.offsets, ends, strict=True)]
+        return [like(p.tensor, stretch(*span).view(p.tensor.dtype)) for p, *span in zip(self.tensors, self.offsets, ends, strict=True)]
 
     def renew(self, trained: Sequence[Trained]) -> None:
         """Other tensors are trained now."""
         known = {id(alias): p for p in trained for alias in p.aliases}
         self.tensors = [known.get(id(p.tensor)) or replace(p, group=FROZEN) for p in self.tensors]
-
-
-def _like(tensor: Tensor, memory: Tensor) -> Tensor:
-    flat = memory.view(tensor.dtype)
-    return flat.view(tensor.shape) if tensor.is_contiguous() else flat.as_strided(tensor.shape, tensor.stride())
 
 
 def parcels_of(module: nn.Module, trained: Sequence[Trained], names: dict[int, str]) -> dict[nn.Module | None, list[Parcel]]:
@@ -60,9 +56,9 @@ def parcels_of(module: nn.Module, trained: Sequence[Trained], names: dict[int, s
     that is less than a twentieth of the model.
     """
     frozen = _frozen(module, trained, names)
-    few = 20 * _nbytes(trained) <= _nbytes(trained) + _nbytes(frozen)
+    few = 20 * total_bytes(p.tensor for p in trained) <= total_bytes(p.tensor for p in [*trained, *frozen])
     every = [*([] if few else trained), *frozen]
-    large = [p for p in every if p.tensor.dim() > 1 and p.tensor.numel() and _dense(p.tensor)]
+    large = [p for p in every if p.tensor.dim() > 1 and p.tensor.numel() and dense(p.tensor)]
     units = units_of(module, large)
     owners: dict[int, int] = {}
     for unit in units:
@@ -76,15 +72,6 @@ def parcels_of(module: nn.Module, trained: Sequence[Trained], names: dict[int, s
         found[unit.module] = [Parcel.of(some[0].name, some) for some in kinds if some]
         found[unit.module] += [shared[id(p)] for p in unit.parameters if id(p) in shared]
     return found
-
-
-def _nbytes(tensors: Sequence[Trained]) -> int:
-    return sum(p.tensor.nbytes for p in tensors)
-
-
-def _dense(tensor: Tensor) -> bool:
-    """Whether the elements fill a stretch of memory, in whatever order."""
-    return tensor.is_contiguous() or torch.empty_like(tensor, device="meta").stride() == tensor.stride()
 
 
 def _frozen(module: nn.Module, trained: Sequence[Trained], names: dict[int, str]) -> list[Trained]:

@@ -39,7 +39,7 @@ class Scratch:
         outs = []
         for p in parameters:
             place = (p.tensor.device, p.tensor.dtype)
-            outs.append(_like(p.tensor, parts[place][0], at[place]))
+            outs.append(like(p.tensor, parts[place][0][at[place] : at[place] + p.tensor.numel()]))
             at[place] += _rounded(p.tensor)
 
         def give_back() -> None:
@@ -89,9 +89,11 @@ def _sizes(parameters: Sequence[Trained]) -> dict[Place, int]:
     return sizes
 
 
-def _like(tensor: Tensor, buffer: Tensor, offset: int) -> Tensor:
-    """A view of `buffer` with the shape of `tensor`, and its strides where they are those of a dense tensor."""
-    flat = buffer[offset : offset + tensor.numel()]
-    if not tensor.is_contiguous() and torch.empty_like(tensor, device="meta").stride() == tensor.stride():
-        return flat.as_strided(tensor.shape, tensor.stride())
-    return flat.view(tensor.shape)
+def dense(tensor: Tensor) -> bool:
+    """Whether the elements fill a stretch of memory, in whatever order."""
+    return tensor.is_contiguous() or torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+
+
+def like(tensor: Tensor, flat: Tensor) -> Tensor:
+    """A view of `flat` with the shape of `tensor`, and its strides where they are those of a dense tensor."""
+    return flat.as_strided(tensor.shape, tensor.stride()) if not tensor.is_contiguous() and dense(tensor) else flat.view(tensor.shape)
