@@ -5,7 +5,7 @@ python benchmarks/offload.py --layers 4 --rounds 1            a short one
 
 A Llama-shaped model in float32 is written as safetensors shards, a layer at a time. One process opens them with `open_weights` and trains
 with `weights=Offload()`, another one loads them and trains with `weights="exact"`; they take turns, each has a process of its own, so that
-its peak resident memory (VmHWM) is its own. Losses must be equal, and so must the weights in the end.
+its peak resident memory (VmHWM) is its own. Losses must be equal, and so must the sum of every weight tensor in the end.
 """
 
 from __future__ import annotations
