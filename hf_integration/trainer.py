@@ -196,7 +196,7 @@ class ZOTrainerMixin(_Host):
         with no_backward(self.accelerator):
             state = rerun(self)
             closure = state.closure(lambda: step(model, copy.copy(inputs), num_items_in_batch))
-            loss = self.zo_optimizer.estimate(closure, muted=functools.partial(unseen, state, self)).loss
+            loss = self.zo_optimizer.estimate(closure, muted=functools.partial(unseen, state, self), remember=state.remember).loss
         return torch.as_tensor(loss, dtype=torch.float32).to(self.args.device)
 
     def _zo_loss_ignores_items(self, inputs: Any, num_items: Any) -> bool:

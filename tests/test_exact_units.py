@@ -132,7 +132,7 @@ def test_layers_that_share_one_block_write_it_a_few_times(writes: list[int]) -> 
         train(optimizer, lambda model=model: model(TOKENS, labels=torch.tensor([0, 1])).loss, 1)
     assert results[0][0] == results[1][0]
     assert same(results[0][1], results[1][1])
-    entries = exact(optimizer)._entries.values()
+    entries = exact(optimizer)._lane.entries.values()
     assert max(entries) == 12
     assert len(writes) == 2 * sum(min(count, KEEP_AFTER + 1) for count in entries)
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from zo_lightning.engine.places import Bound, Place, Written
+
 
 @dataclass
 class _Kept:
@@ -64,6 +66,13 @@ class Buffers:
         if kept.before is None:
             return kept.buffer._version != kept.version
         return not torch.equal(kept.before, kept.buffer)
+
+    def places(self) -> list[Place]:
+        """The buffers that evaluations change, for evaluations that take turns: each has its own."""
+        known = self._changing
+        changing = [k for place, k in self._kept.items() if known is None or place in known or isinstance(k.owner, _NormBase)]
+        tables = {id(kept.owner): Bound(kept.owner._buffers) for kept in changing}
+        return [*tables.values(), *(Written(kept.buffer) for kept in changing)]
 
     def rewind(self) -> None:
         """Back to the state before the first evaluation."""

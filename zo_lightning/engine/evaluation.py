@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from zo_lightning.engine.buffers import Buffers
 from zo_lightning.engine.estimators import Displacement
+from zo_lightning.engine.lockstep import Lockstep, Remember, abreast
 from zo_lightning.engine.messages import say_once
 from zo_lightning.engine.randomness import HostState, host_state
-from zo_lightning.engine.residency import Residency
+from zo_lightning.engine.residency import Offloaded, Residency
 from zo_lightning.engine.signals import held, interruptible
 
 Closure = Callable[[], Any]
@@ -31,6 +32,8 @@ class Task(NamedTuple):
     seed: int
     muted: Muted
     loss_of: Callable[[Any], Any]
+    remember: Remember | None = None
+    """Tells what Python state the closure may change and `muted` puts back; None: it is not put back."""
 
 
 class Evaluator:
@@ -41,6 +44,7 @@ class Evaluator:
         self.dropout = dropout
         self.buffers = Buffers(module)
         self.count = 0
+        self._lockstep = Lockstep(module)
 
     def evaluate(self, task: Task) -> tuple[Any, list[Tensor]]:
         """(output of the closure at the first point, the loss at every point as float64 scalars); no losses where there is none.
@@ -54,20 +58,55 @@ class Evaluator:
             self.buffers.begin()
             try:
                 if task.residency.needs_probe():
-                    with task.residency.probe(), task.muted():
-                        self._one(task, host)
-                    self.buffers.first_done()
-                    self.buffers.rewind()
+                    self._probe(task, host)
+                if isinstance(task.residency, Offloaded) and self._lockstep.chosen(task.residency.lockstep, len(task.points)):
+                    return self._abreast(task, task.residency, host)
                 return self._points(task, host)
             finally:
                 self.buffers.finish()
+
+    def _probe(self, task: Task, host: HostState) -> None:
+        with self._watched(task), task.residency.probe(), task.muted():
+            self._one(task, host)
+        self.buffers.first_done()
+        self.buffers.rewind()
+
+    def _watched(self, task: Task) -> AbstractContextManager[None]:
+        return self._lockstep.watched(task.remember) if isinstance(task.residency, Offloaded) else nullcontext()
+
+    def _abreast(self, task: Task, residency: Offloaded, host: HostState) -> tuple[Any, list[Tensor]]:
+        """The same as `_points`, with all points at once."""
+
+        def job(index: int) -> Callable[[], Any]:
+            def run() -> Any:
+                with residency.at(task.points[index], task.eps), task.muted() if index else nullcontext():
+                    output = self._one(task, host)
+                if not residency.reached():
+                    raise RuntimeError(_NOT_REACHED)
+                return output
+
+            return run
+
+        jobs = [job(index) for index in range(len(task.points))]
+        with residency.session():
+            world = self._lockstep.world(task.remember)
+            world.add(self.buffers.places())
+            outputs, moved = abreast(residency, jobs, host.devices, world)
+        self.count += len(outputs)
+        self.buffers.first_done()
+        self._lockstep.left_behind(moved and task.remember is None)
+        losses = [task.loss_of(output) for output in outputs]
+        if any(loss is None for loss in losses):
+            return None, []
+        return outputs[0], [as_scalar(loss) for loss in losses]
 
     def _points(self, task: Task, host: HostState) -> tuple[Any, list[Tensor]]:
         first: Any = None
         losses: list[Tensor] = []
         with task.residency.session():
             for index, point in enumerate(task.points):
-                with task.residency.at(point, task.eps), task.muted() if index else nullcontext():
+                watched = nullcontext() if index or task.remember is not None else self._watched(task)
+                with watched, task.residency.at(point, task.eps), task.muted() if index else nullcontext():
                     output = self._one(task, host)
                 self.count += 1
                 if index == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from typing import Any
@@ -18,6 +19,13 @@ def say_once(key: str, message: str) -> None:
     if key not in _said:
         _said.add(key)
         warnings.warn(message, ZOWarning, stacklevel=3)
+
+
+def tell_once(key: str, message: str) -> None:
+    """Tell what was chosen, where nothing is wrong: to the logger "zo_lightning", at level INFO, the first time that `key` is seen."""
+    if key not in _said:
+        _said.add(key)
+        logging.getLogger("zo_lightning").info(message)
 
 
 def reset() -> None:

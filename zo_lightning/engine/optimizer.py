@@ -17,6 +17,7 @@ from zo_lightning.engine.advice import NO_DIFFERENCE, NO_LOSS, NOTHING_TO_TRAIN,
 from zo_lightning.engine.estimators import Estimator
 from zo_lightning.engine.evaluation import Closure, Evaluator, Muted, Task, as_scalar
 from zo_lightning.engine.journal import Journal, StepRecord, Unrecorded
+from zo_lightning.engine.lockstep import Remember
 from zo_lightning.engine.masks import Mask, Masks
 from zo_lightning.engine.messages import say_once
 from zo_lightning.engine.noise import Change, Noise
@@ -162,11 +163,13 @@ class ZOOptimizer(torch.optim.Optimizer):
         weight: float = 1.0,
         muted: Muted = nullcontext,
         loss_of: Callable[[Any], Any] = lambda output: output,
+        remember: Remember | None = None,
     ) -> Estimate:
         """Evaluate one micro-batch at all points of this step and add weight * loss of each to the window.
 
         The weights are unperturbed again on return, also after an exception. Evaluations other than the first run inside `muted()`.
-        `loss_of` takes the loss from what the closure returned; None skips the micro-batch.
+        `loss_of` takes the loss from what the closure returned; None skips the micro-batch. `remember` tells an `Undo` what Python state
+        the closure may change, and `muted()` puts back: evaluations that take turns have a version each.
         Raises TypeError or ValueError for a loss that is not one real number, RuntimeError where the closure calls backward.
         """
         began = time.perf_counter()
@@ -175,7 +178,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             self._window = self._begin()
         window = self._window
         seed = evaluation_seed(self.seed, self.steps, window.micro_batches, self.exchange.rank)
-        task = Task(closure, window.points, self.residency, [], seed, muted, loss_of)
+        task = Task(closure, window.points, self.residency, [], seed, muted, loss_of, remember)
         if plan is not None:
             return recall.estimate(plan, self._evaluator, task, window, weight)
         self.journal.look(self, window.micro_batches, updating=False)

@@ -18,6 +18,7 @@ class HostState:
     """
 
     def __init__(self, devices: set[torch.device]) -> None:
+        self.devices = devices
         self._cuda = sorted({d.index if d.index is not None else torch.cuda.current_device() for d in devices if d.type == "cuda"})
         self._numpy: Any = sys.modules.get("numpy")
         self._saved = (

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from operator import eq, is_
+from types import FunctionType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
+
+from zo_lightning.engine.places import Act, Bag, Items, Place, Table, Tail, Value
 
 _BOUND = 4096
 """Entries of a dict, set or deque, elements of a tensor: what is larger is data, not a counter."""
@@ -34,7 +36,7 @@ class Undo:
 
     def __init__(self, metrics: bool = True) -> None:
         self._with_metrics = metrics
-        self._actions: list[Callable[[], Any]] = []
+        self._places: list[Place] = []
         self._seen: set[int] = set()
         library = sys.modules.get("torchmetrics")  # who has metrics has imported it
         self._metric: Any = getattr(library, "Metric", ())
@@ -43,12 +45,15 @@ class Undo:
 
     def attributes(self, owner: object, skip: frozenset[str] = frozenset()) -> None:
         """Remember the attributes of an object, and what they hold except for those in `skip` and the tables of an nn.Module."""
-        attributes = vars(owner)
-        entries = attributes.copy()
-        self.also(lambda: _refill(attributes, entries))
-        for name, value in entries.items():
+        for name, value in self.bindings(owner).entries.items():
             if isinstance(value, self._followed) and name not in skip and name not in _TORCH:
                 self._contents(value)
+
+    def bindings(self, owner: object) -> Table:
+        """Remember what the attributes of an object are bound to, and nothing of what they hold."""
+        table = Table(vars(owner))
+        self._places.append(table)
+        return table
 
     def modules(self, root: nn.Module, skip: frozenset[str] = frozenset()) -> None:
         """Remember the attributes of every module under `root` but metrics, and let metrics go on with copies."""
@@ -86,17 +91,17 @@ class Undo:
 
     def also(self, action: Callable[[], Any]) -> None:
         """Do this as well."""
-        self._actions.append(action)
+        self._places.append(Act(action))
 
     def again(self) -> None:
         """Put everything back, and keep it remembered."""
-        for action in reversed(self._actions):
-            action()
+        for place in reversed(self._places):
+            place.put_back()
 
     def undo(self) -> None:
         """Put everything back."""
-        while self._actions:
-            self._actions.pop()()
+        while self._places:
+            self._places.pop().put_back()
 
     def _contents(self, value: Any) -> None:
         if id(value) in self._seen:
@@ -106,27 +111,62 @@ class Undo:
             return
         self._seen.add(id(value))
         if isinstance(value, dict) and len(value) <= _BOUND:
-            entries = dict(value)
-            self.also(lambda: _refill(value, entries))
-            for entry in entries.values():
+            self._places.append(Table(value))
+            for entry in list(value.values()):
                 self._contents(entry)
         elif isinstance(value, (list, tuple)):
-            length = len(value)
             if isinstance(value, list):
-                items = list(value) if length <= _BOUND else None
-                self.also(lambda: value.__delitem__(slice(length, None)) if items is None else _relist(value, items))
-            for entry in value if length <= _NESTED else ():
+                self._places.append(Items(value) if len(value) <= _BOUND else Tail(value, len(value)))
+            for entry in value if len(value) <= _NESTED else ():
                 self._contents(entry)
         elif isinstance(value, (set, deque)) and len(value) <= _BOUND:
-            kept = list(value)
-            self.also(lambda: _put_back(value, kept))
+            self._places.append(Bag(value))
         elif isinstance(value, Tensor):
             self._tensor(value)
 
     def _tensor(self, value: Tensor) -> None:
         if not (isinstance(value, nn.Parameter) or value.is_meta or value.is_inference() or value.numel() > _BOUND):
-            copy, version = value.detach().clone(), value._version
-            self.also(lambda: value.detach().copy_(copy) if value._version != version else None)
+            self._places.append(Value(value))
+
+
+class World(Undo):
+    """The Python state of an evaluation that takes turns with others: each has a version of its own, which begins as it was remembered.
+
+    The attributes of objects that modules hold are followed, too.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(metrics=False)
+
+    def changed(self) -> bool:
+        """Whether anything of it is not as it was."""
+        return any(place.changed() for place in self._places)
+
+    def add(self, places: Iterable[Place]) -> None:
+        """Remember these as well."""
+        self._places += places
+
+    def leave(self) -> list[Place]:
+        """What was changed, in the order in which it was remembered; it is put back."""
+        changed = [place for place in self._places if place.changed()]
+        mine = [place.now() for place in changed]
+        for place in reversed(changed):
+            place.put_back()
+        return mine
+
+    def modules(self, root: nn.Module, skip: frozenset[str] = frozenset()) -> None:
+        super().modules(root, skip)
+        for module in root.modules():
+            for name, value in list(vars(module).items()):
+                if name not in skip and name not in _TORCH and id(value) not in self._seen and _is_object(value):
+                    self._seen.add(id(value))
+                    self.attributes(value)
+
+    def metrics(self, root: nn.Module) -> None:
+        for metric in root.modules() if self._kinds else ():
+            if isinstance(metric, self._kinds) and id(metric) not in self._seen:
+                self._seen.add(id(metric))
+                self.attributes(metric)  # states as well; those of an evaluation that works on copies are its own
 
 
 class Rerun:
@@ -152,6 +192,10 @@ class Rerun:
 
         return run
 
+    def remember(self, undo: Undo) -> None:
+        """Tell an `Undo` what the state is."""
+        self._remember(undo)
+
     @contextmanager
     def hidden(self) -> Iterator[Undo]:
         """Around an evaluation that nobody should notice."""
@@ -175,21 +219,6 @@ def undoing() -> Iterator[Undo]:
         undo.undo()
 
 
-def _refill(table: dict[Any, Any], entries: dict[Any, Any]) -> None:
-    if len(table) == len(entries) and all(map(is_, table.values(), entries.values())) and all(map(eq, table, entries)):
-        return  # as most are: nothing was bound, added or removed
-    for name in [name for name in table if name not in entries]:
-        del table[name]
-    for name, value in entries.items():
-        if name not in table or table[name] is not value:
-            table[name] = value
-
-
-def _relist(value: list[Any], items: list[Any]) -> None:
-    if len(value) != len(items) or any(now is not then for now, then in zip(value, items, strict=True)):
-        value[:] = items
-
-
-def _put_back(container: Any, kept: list[Any]) -> None:
-    container.clear()
-    (container.extend if isinstance(container, deque) else container.update)(kept)
+def _is_object(value: object) -> bool:
+    """Whether it keeps attributes of its own, and is not code."""
+    return isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, (nn.Module, Tensor, type, FunctionType, ModuleType))

@@ -20,7 +20,7 @@ from zo_lightning.strategy.events import Events
 from zo_lightning.strategy.host_optimizer import HostOptimizer
 from zo_lightning.strategy.knobs import check_run, disable_checkpointing, say_idle
 from zo_lightning.strategy.namespace import Bindable
-from zo_lightning.strategy.quiet import quiet, rerun
+from zo_lightning.strategy.quiet import quiet, rerun, world
 from zo_lightning.strategy.resume import loses_nothing, resume_by_itself
 
 STATE = "zo_lightning"
@@ -135,7 +135,7 @@ class ForwardOnly(Bindable):
 
         closure = state.closure(lambda: evaluate(*args, **kwargs))
         weight = 1.0 / trainer.accumulate_grad_batches
-        estimate = self._zo_host.engine.estimate(closure, weight=weight, muted=muted, loss_of=ns.loss_of)
+        estimate = self._zo_host.engine.estimate(closure, weight=weight, muted=muted, loss_of=ns.loss_of, remember=world(state, trainer))
         if trainer._results or not isinstance(estimate.output, torch.Tensor):
             self._zo_host.engine.leaves_traces()
         return estimate.output

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from zo_lightning.engine.undo import Rerun, nothing
+from zo_lightning.engine.undo import Rerun, Undo, nothing
 
 _HOST = frozenset({"_trainer", "_fabric", "_compiler_ctx"})
 
@@ -16,6 +16,16 @@ _HOST = frozenset({"_trainer", "_fabric", "_compiler_ctx"})
 def rerun(module: nn.Module) -> Rerun:
     """Attributes of the LightningModule and of its submodules, and their metrics."""
     return Rerun(lambda undo: undo.modules(module, skip=_HOST))
+
+
+def world(state: Rerun, trainer: Any) -> Callable[[Undo], None]:
+    """What `quiet` puts back."""
+
+    def remember(undo: Undo) -> None:
+        state.remember(undo)
+        undo.bindings(trainer)
+
+    return remember
 
 
 @contextmanager

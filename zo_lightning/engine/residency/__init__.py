@@ -4,8 +4,9 @@ from zo_lightning.engine.residency.base import Residency
 from zo_lightning.engine.residency.choose import WEIGHTS, build_residency
 from zo_lightning.engine.residency.exact import Exact
 from zo_lightning.engine.residency.inplace import InPlace
+from zo_lightning.engine.residency.lane import Lane
 from zo_lightning.engine.residency.masters import Masters
 from zo_lightning.engine.residency.offloaded import Offload, Offloaded, Traffic
 from zo_lightning.engine.residency.scratch import Copy
 
-__all__ = ["WEIGHTS", "Copy", "Exact", "InPlace", "Masters", "Offload", "Offloaded", "Residency", "Traffic", "build_residency"]
+__all__ = ["WEIGHTS", "Copy", "Exact", "InPlace", "Lane", "Masters", "Offload", "Offloaded", "Residency", "Traffic", "build_residency"]

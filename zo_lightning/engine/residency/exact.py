@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -41,12 +40,6 @@ class Exact(OnScratch):
         super().__init__(module, trained, noise)
         self._root: nn.Module = module
         self._blocks = list(blocks)
-        self._point: tuple[Displacement | None, Sequence[float]] | None = None
-        """Of the evaluation that is running; a displacement of None is a pass that is watched, on the base weights."""
-        self._open: dict[nn.Module, list[ExitStack]] = {}
-        self._entries: Counter[Unit] = Counter()
-        self._kept: dict[Unit, dict[int, Tensor]] = {}
-        self._evaluation = ExitStack()
         self._begin()
 
     def _begin(self) -> None:
@@ -72,11 +65,11 @@ class Exact(OnScratch):
 
     @contextmanager
     def probe(self) -> Iterator[None]:
-        watch = ReadWatch(hookable(self._root), self.trained, lambda p: self._settled or id(p) in self._away)
+        watch = ReadWatch(hookable(self._root), self.trained, lambda p: self._settled or id(p) in self._lane.away)
         before = self._modes()
         with uncompiled(self.trained), self.session(), self._displaced(None, ()), watch:
             yield
-        entered, old = set(self._entries), self.units
+        entered, old = set(self._lane.entries), self.units
         moved = watch.missed
         if moved:
             if self._paths.watched:
@@ -89,7 +82,7 @@ class Exact(OnScratch):
     @contextmanager
     def session(self) -> Iterator[None]:
         with super().session(), ExitStack() as attached:
-            attached.callback(self._close_all)
+            attached.callback(self._close)
             for module, enter, leave in self._hooks:
                 plain = module._compiled_call_impl
                 if plain is None:
@@ -105,15 +98,15 @@ class Exact(OnScratch):
         with self._displaced(point, eps):
             yield
         hooked = {unit for unit in self.units if unit.module is not None}
-        self._paths.took(self._entries.keys(), hooked)
+        self._paths.took(self._lane.entries.keys(), hooked)
 
     @contextmanager
     def _displaced(self, point: Displacement | None, eps: Sequence[float]) -> Iterator[None]:
         with self._turns.turn(), ExitStack() as whole:
-            self._point = (point, eps)
-            self.materialized = 0
-            self._entries.clear()
-            whole.callback(self._kept.clear)
+            self._lane.point = (point, eps)
+            self._lane.materialized = 0
+            self._lane.entries.clear()
+            whole.callback(self._lane.kept.clear)
             whole.enter_context(self._swapped(point, eps))
             if point is not None:
                 self._prepare(whole, point, eps)
@@ -121,30 +114,30 @@ class Exact(OnScratch):
                 if unit.module is None:
                     whole.enter_context(self._based(unit.parameters))
                     whole.enter_context(self._on_scratch(unit, point, eps))
-            self._evaluation = whole
+            self._lane.whole = whole
             try:
                 yield
             finally:
-                self._point = None
-                self._close_all()
+                self._lane.point = None
+                self._lane.open.close()
 
     def _prepare(self, whole: ExitStack, point: Displacement, eps: Sequence[float]) -> None:
         """Write the vectors of all units in one go; each unit still has its own only while it runs."""
         vectors = self._dense(self._vectors)
         outs, give_back = self._scratch.take(vectors, beside=True)
         whole.callback(give_back)
-        whole.callback(self._ready.clear)
+        whole.callback(self._lane.ready.clear)
         self._write(vectors, outs, point, eps)
-        self._ready.update((id(p), out) for p, out in zip(vectors, outs, strict=True))
+        self._lane.ready.update((id(p), out) for p, out in zip(vectors, outs, strict=True))
 
     def _enter(self, unit: Unit) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
-            if self._point is not None:
+            if self._lane.point is not None:
                 with held():
                     stack = ExitStack()
                     stack.enter_context(self._based(unit.parameters))
-                    stack.enter_context(self._shown(unit, args, *self._point))
-                    self._open.setdefault(module, []).append(stack)
+                    stack.enter_context(self._shown(unit, args, *self._lane.point))
+                    self._lane.open.entered(module, stack)
 
         return hook
 
@@ -156,41 +149,36 @@ class Exact(OnScratch):
         self, unit: Unit, point: Displacement | None, eps: Sequence[float], rows: Tensor | None = None
     ) -> AbstractContextManager[None]:
         if point is None:
-            return self._pointed_home([p for p in unit.parameters if id(p) not in self._away])
+            return self._pointed_home([p for p in unit.parameters if id(p) not in self._lane.away])
         return self._materialized(unit.parameters, point, eps, rows)
 
     def _shown(self, unit: Unit, args: Any, point: Displacement | None, eps: Sequence[float]) -> AbstractContextManager[None]:
-        todo = [p for p in unit.parameters if id(p) not in self._away]
-        self._entries[unit] += bool(todo)  # a unit inside another call of itself has nothing to do
+        todo = [p for p in unit.parameters if id(p) not in self._lane.away]
+        self._lane.entries[unit] += bool(todo)  # a unit inside another call of itself has nothing to do
         todo = todo if point is None else self._dense(todo)
-        if todo and point is not None and self._entries[unit] > self.keep_after:
-            kept = self._kept.get(unit) or self._keep(unit, todo, point, eps)
+        if todo and point is not None and self._lane.entries[unit] > self.keep_after:
+            kept = self._lane.kept.get(unit) or self._keep(unit, todo, point, eps)
             if all(id(p) in kept for p in todo):
                 return self._pointed(todo, [kept[id(p)] for p in todo])
         return self._on_scratch(unit, point, eps, rows_read(unit, args))
 
     def _keep(self, unit: Unit, todo: Sequence[Trained], point: Displacement, eps: Sequence[float]) -> dict[int, Tensor]:
         """Scratch of the unit's own with its weights, which it has until the evaluation ends."""
-        fresh = [p for p in todo if id(p) not in self._ready]
+        fresh = [p for p in todo if id(p) not in self._lane.ready]
         outs, give_back = self._scratch.take(fresh, beside=True)
-        self._evaluation.callback(give_back)
+        self._lane.whole.callback(give_back)
         self._write(fresh, outs, point, eps)
         written = {id(p): out for p, out in zip(fresh, outs, strict=True)}
-        self._kept[unit] = {id(p): written[id(p)] if id(p) in written else self._ready[id(p)] for p in todo}
-        return self._kept[unit]
+        self._lane.kept[unit] = {id(p): written[id(p)] if id(p) in written else self._lane.ready[id(p)] for p in todo}
+        return self._lane.kept[unit]
+
+    def _close(self) -> None:
+        self._lane.open.close()
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        stacks = self._open.get(module)
-        if stacks:
+        if self._lane.open:
             with held():
-                stacks.pop().close()
-
-    def _close_all(self) -> None:
-        """After an exception inside a unit: what is still open, innermost first."""
-        for stacks in reversed(list(self._open.values())):
-            while stacks:
-                stacks.pop().close()
-        self._open = {}
+                self._lane.open.left(module)
 
 
 def _around(module: nn.Module, call: Callable[..., Any], enter: Callable[..., None], leave: Callable[..., None]) -> Callable[..., Any]:

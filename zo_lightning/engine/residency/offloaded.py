@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zo_lightning.engine.baton import Baton
 from zo_lightning.engine.estimators import Displacement
 from zo_lightning.engine.masks.state import Masks
 from zo_lightning.engine.noise import Change, Item, Noise, sweep
@@ -23,10 +25,13 @@ from zo_lightning.engine.offload.parcels import FROZEN
 from zo_lightning.engine.parameters import Trained, names_of
 from zo_lightning.engine.residency.base import Residency
 from zo_lightning.engine.residency.exact import Exact
+from zo_lightning.engine.residency.lane import OpenModules
 from zo_lightning.engine.residency.scratch import _point, _without_modes
 from zo_lightning.engine.residency.swap import Swap
 from zo_lightning.engine.residency.units import Unit, compiled_part
 from zo_lightning.engine.signals import held
+
+_CALL = nn.Module._call_impl.__code__
 
 Holders = dict[nn.Module | None, list[Parcel]]
 """The parcels that a module uses; under None those that no module owns."""
@@ -38,9 +43,12 @@ class Offload:
 
     Args:
         folder: of the files; None makes a temporary one, which is removed in the end.
+        lockstep: True: the evaluations of a step take turns at the borders of blocks, on threads, so that a block is read once for all of
+            them; False: one after another. None: in lockstep where each is sure to compute what it computes alone, which is said.
     """
 
     folder: str | None = None
+    lockstep: bool | None = None
 
 
 class Due:
@@ -119,7 +127,13 @@ class Offloaded(Exact):
         """By id of a parameter the address where it is while nobody uses it."""
         self._follows: dict[tuple[Parcel | None, Parcel], Parcel] = {}
         self._last: tuple[Parcel | None, Parcel | None] = (None, None)
-        self._entered: dict[nn.Module, list[ExitStack]] = {}
+        self._running: dict[int, OpenModules] = {}
+        """By thread: the modules that run, with what they use."""
+        self._baton: Baton | None = None
+        self._waiting: dict[int, ExitStack] = {}
+        """By border: what an evaluation used behind it and others are going to use."""
+        self._border = 0
+        self.lockstep = offload.lockstep
         super().__init__(module, trained, noise)
         kept = before if isinstance(before, Offloaded) and before._holds_all() else None
         self._holders: Holders = parcels_of(module, self.trained, names_of(module)) if kept is None else kept._holders
@@ -179,14 +193,62 @@ class Offloaded(Exact):
         def hook(module: nn.Module, args: Any) -> None:
             stack = ExitStack()
             stack.enter_context(self._used(parcels))
-            self._entered.setdefault(module, []).append(stack)
+            if self._baton is not None and self._baton.runs():
+                self._for_others(self._baton, parcels)
+            self._running.setdefault(threading.get_ident(), OpenModules()).entered(module, stack)
 
         return hook
 
     def _leaving(self, module: nn.Module, args: Any, output: Any) -> None:
-        stacks = self._entered.get(module)
-        if stacks:
-            stacks.pop().close()
+        running = self._running.get(threading.get_ident())
+        if running:
+            running.left(module)
+
+    def _end_interrupted(self) -> None:
+        """Ctrl-C ends forward passes without a word: end the use of what modules use that do not run any more."""
+        for thread, running in list(self._running.items()):
+            running.close(_runs_no_more(thread))
+
+    # ---- evaluations that take turns
+
+    @contextmanager
+    def taking_turns(self, baton: Baton) -> Iterator[None]:
+        """Around evaluations of which one runs at a time: they hand over where a module begins that uses files."""
+
+        def border(module: nn.Module, args: Any) -> None:
+            if baton.runs():
+                self._border = baton.border()
+
+        before = _Hook(torch.compiler.disable(border))
+        with self._turns.turn(), ExitStack() as hooks:
+            hooks.callback(self._end_waiting)
+            for module in self._holders:
+                if module is not None:
+                    hooks.callback(module.register_forward_pre_hook(before, prepend=True).remove)
+            self._baton = baton
+            yield
+
+    def _end_waiting(self) -> None:
+        self._baton = None
+        self._end_interrupted()
+        while self._waiting:
+            self._waiting.popitem()[1].close()
+
+    def hand_to(self, thread: int | None) -> None:
+        """The evaluation of another thread goes on."""
+        if thread is not None:
+            self._turns.hand_to(thread)
+
+    def _for_others(self, baton: Baton, parcels: Sequence[Parcel]) -> None:
+        """What is used here stays until the last evaluation has begun to use it."""
+        border = self._border
+        if not baton.awaited(border):
+            others = self._waiting.pop(border, None)
+            if others is not None:
+                others.close()
+        elif border not in self._waiting:
+            self._waiting[border] = ExitStack()
+            self._waiting[border].enter_context(self._used(parcels))
 
     def _based(self, parameters: Sequence[Trained]) -> AbstractContextManager[None]:
         return self._used(list(dict.fromkeys(self._of[id(p)] for p in parameters if id(p) in self._of)))
@@ -202,6 +264,8 @@ class Offloaded(Exact):
             yield
 
     def _begin_use(self, parcel: Parcel) -> None:
+        if self._users[parcel] and parcel in self._due:
+            self._end_interrupted()
         self._users[parcel] += 1
         if self._users[parcel] > 1:
             return
@@ -212,7 +276,7 @@ class Offloaded(Exact):
             self.traffic.waited += time.perf_counter() - began
             self.traffic.read += parcel.nbytes
             self._look_ahead(parcel)
-            watched = self._point is not None and self._point[0] is None  # views that modules hand out must stay what they are
+            watched = self._lane.point is not None and self._lane.point[0] is None  # views that modules hand out must stay what they are
             if not self._tier.moved_in(parcel) and not watched:
                 self._copy(parcel)
         except BaseException:
@@ -254,7 +318,7 @@ class Offloaded(Exact):
         self, unit: Unit, point: Displacement | None, eps: Sequence[float], rows: Tensor | None = None
     ) -> AbstractContextManager[None]:
         shown = super()._on_scratch(unit, point, eps, rows)
-        here = [p for p in unit.parameters if id(p) in self._of and id(p) not in self._away]
+        here = [p for p in unit.parameters if id(p) in self._of and id(p) not in self._lane.away]
         listed = [(p, mask) for p in here if isinstance(mask := self.masks.of(p.key), Listed)]
         return shown if point is None or not listed else self._with_lists(shown, listed, point, eps)
 
@@ -281,6 +345,7 @@ class Offloaded(Exact):
 
     @contextmanager
     def session(self) -> Iterator[None]:
+        self._end_interrupted()
         try:
             with super().session():
                 yield
@@ -348,6 +413,17 @@ class Offloaded(Exact):
         self.flush()
         for hook in self._hooks_of_base:
             hook.remove()
+
+
+def _runs_no_more(thread: int) -> Callable[[nn.Module], bool]:
+    """Whether a thread is calling a module at this moment no more."""
+    found: set[int] = set()
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        if frame.f_code is _CALL:
+            found.add(id(frame.f_locals["self"]))
+        frame = frame.f_back
+    return lambda module: id(module) not in found
 
 
 def _check(module: nn.Module) -> None:

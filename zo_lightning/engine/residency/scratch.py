@@ -14,6 +14,7 @@ from zo_lightning.engine.noise import Noise, sweep
 from zo_lightning.engine.noise.members import Listed
 from zo_lightning.engine.parameters import Trained
 from zo_lightning.engine.residency.base import Residency
+from zo_lightning.engine.residency.lane import Lane
 from zo_lightning.engine.residency.memory import Scratch
 from zo_lightning.engine.residency.swap import Swap
 from zo_lightning.engine.residency.turns import Turns
@@ -27,17 +28,13 @@ class OnScratch(Residency):
         super().__init__(module, trained, noise)
         self._scratch = Scratch([self.trained])
         self._turns = Turns()
-        self._away: dict[int, tuple[Trained, list[Tensor], Tensor]] = {}
-        self._ready: dict[int, Tensor] = {}
-        """Perturbed weights that were written before any module asked for them."""
-        self._swap: Swap | None = None
+        self._lane = Lane()
+        """Of the evaluation that runs, or ran last."""
         self._in_session = False
         self._settled = False
-        self.materialized = 0
-        """How many units the last evaluation had on scratch: 0 means that no perturbation reached the model."""
 
     def reached(self) -> bool:
-        return self.materialized > 0
+        return self._lane.materialized > 0
 
     def scratch_bytes(self) -> int:
         """The scratch memory that stays between evaluations, in bytes."""
@@ -50,36 +47,39 @@ class OnScratch(Residency):
         In the middle of an evaluation of its own thread it points the parameters back and, on the way out, to scratch again.
         """
         with self._turns.turn():
-            away, self._away = self._away, {}
-            before, self._settled = self._settled, True
-            for p, bases, _ in away.values():
-                _point(p, bases)
-            swap, self._swap = self._swap, None
-            displaced = swap is not None and swap.away
-            if swap is not None:
-                swap.home()
+            mine, before, self._settled = self._lane, self._settled, True
+            self.go_on(Lane())
             try:
                 yield
             finally:
-                if swap is not None and displaced:
-                    swap.leave()
-                self._swap = swap
-                for p, _, out in away.values():
-                    _point(p, [out] * len(p.aliases))
-                self._away, self._settled = away, before
+                self.go_on(mine)
+                self._settled = before
+
+    def go_on(self, lane: Lane) -> None:
+        """Another evaluation runs from now on: all weights of the present one point back to their base."""
+        for p, bases, _ in self._lane.away.values():
+            _point(p, bases)
+        if self._lane.swap is not None:
+            self._lane.displaced = self._lane.swap.away
+            self._lane.swap.home()
+        self._lane = lane
+        if lane.swap is not None and lane.displaced:
+            lane.swap.leave()
+        for p, _, out in lane.away.values():
+            _point(p, [out] * len(p.aliases))
 
     @contextmanager
     def _materialized(
         self, parameters: Sequence[Trained], point: Displacement, eps: Sequence[float], rows: Tensor | None = None
     ) -> Iterator[None]:
         """Inside it, `parameters` (but those that are away already) are on scratch of their own."""
-        here = [p for p in self._dense(parameters) if id(p) not in self._away]
-        ready = [p for p in here if id(p) in self._ready]
-        todo = [p for p in here if id(p) not in self._ready]
+        here = [p for p in self._dense(parameters) if id(p) not in self._lane.away]
+        ready = [p for p in here if id(p) in self._lane.ready]
+        todo = [p for p in here if id(p) not in self._lane.ready]
         outs, give_back = self._scratch.take(todo)
         try:
             self._write(todo, outs, point, eps, rows)
-            with self._pointed([*todo, *ready], [*outs, *(self._ready[id(p)] for p in ready)]):
+            with self._pointed([*todo, *ready], [*outs, *(self._lane.ready[id(p)] for p in ready)]):
                 yield
         finally:
             give_back()
@@ -110,11 +110,11 @@ class OnScratch(Residency):
             return
         try:
             with held(), _without_modes():
-                self._swap = self._swap or Swap(listed)
-                items = self._swap.compact(self.displaced([p for p, _ in listed], self._swap.displaced, point, eps))
+                self._lane.swap = self._lane.swap or Swap(listed)
+                items = self._lane.swap.compact(self.displaced([p for p, _ in listed], self._lane.swap.displaced, point, eps))
                 sweep(items, [seed for seed, _ in point], self.noise, rounding=point[0][0])
-                self._swap.leave()
-            self.materialized += 1
+                self._lane.swap.leave()
+            self._lane.materialized += 1
             yield
         finally:
             if not self._in_session:
@@ -122,7 +122,7 @@ class OnScratch(Residency):
 
     def _go_home(self) -> None:
         with held(), _without_modes():
-            swap, self._swap = self._swap, None
+            swap, self._lane.swap = self._lane.swap, None
             if swap is not None:
                 swap.home()
 
@@ -138,12 +138,12 @@ class OnScratch(Residency):
     @contextmanager
     def _pointed(self, parameters: Sequence[Trained], outs: Sequence[Tensor]) -> Iterator[None]:
         """Inside it, `parameters` point to `outs`."""
-        self.materialized += 1
+        self._lane.materialized += 1
         with _without_modes():
             bases = [[alias.data for alias in p.aliases] for p in parameters]
         try:
             for p, base, out in zip(parameters, bases, outs, strict=True):
-                self._away[id(p)] = (p, base, out)
+                self._lane.away[id(p)] = (p, base, out)
                 for alias in p.aliases:
                     alias.data = out
             yield
@@ -151,7 +151,7 @@ class OnScratch(Residency):
             for p, base in zip(parameters, bases, strict=True):
                 for alias, data in zip(p.aliases, base, strict=True):
                     alias.data = data
-                self._away.pop(id(p), None)
+                self._lane.away.pop(id(p), None)
 
     def _pointed_home(self, parameters: Sequence[Trained]) -> AbstractContextManager[None]:
         """Inside it, `parameters` count as away, and point to their base weights as before."""

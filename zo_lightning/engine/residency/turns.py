@@ -34,6 +34,10 @@ class Turns:
                 self._holder = None
                 self._changed.notify_all()
 
+    def hand_to(self, thread: int) -> None:
+        """Who has it lets another thread go on in its place."""
+        self._holder = thread
+
     def _take(self, me: int) -> None:
         ticket = object()
         with self._changed:
