@@ -112,7 +112,7 @@ class Value(Place):
         self.tensor, self.copy, self.version = tensor, tensor.detach().clone(), tensor._version
 
     def changed(self) -> bool:
-        return self.tensor._version != self.version
+        return self.tensor._version != self.version and not torch.equal(self.tensor.detach(), self.copy)
 
     def now(self) -> Place:
         return type(self)(self.tensor)
