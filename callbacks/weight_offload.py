@@ -7,6 +7,7 @@ import os
 
 from zo_lightning.callbacks.base import Run, ZOCallback
 from zo_lightning.engine.options import EngineOptions
+from zo_lightning.engine.report import StepReport
 from zo_lightning.engine.residency import Offload, Offloaded, Traffic
 
 
@@ -18,18 +19,22 @@ class WeightOffload(ZOCallback):
     with all updates. Code of your own that reads or writes weights between two steps does so inside `with optimizer.settled():`.
     Vectors stay in memory, and adapters, where what is trained is less than a twentieth of the model.
 
-    Logs, as `zo/offload/...` over the steps since the last log: gigabytes read and written a step, seconds waited for the disk a step.
+    Logs, as `zo/offload/...` over the steps since the last log: gigabytes read and written a step, seconds waited for the disk a step,
+    and the share of the time that was not waited (`overlap`); `lockstep` is 1 where the last step was made so.
 
     Args:
         folder: of the files, on a fast disk with room for the model and a block; None makes a temporary one, removed in the end.
+        lockstep: True: the evaluations of a step take turns at the borders of blocks, on threads, so that a block is read once for all of
+            them; False: one after another. None: in lockstep where each is sure to compute what it computes alone, which is said.
 
     Raises ValueError for a model without matrices, a compiled one or one on a GPU, for a folder that another run uses, and beside another
     `weights=` option; OSError where the files can't be made.
     """
 
-    def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
-        self.offload = Offload(None if folder is None else os.fspath(folder))
+    def __init__(self, folder: str | os.PathLike[str] | None = None, lockstep: bool | None = None) -> None:
+        self.offload = Offload(None if folder is None else os.fspath(folder), lockstep)
         self._run: Run | None = None
+        self._seconds = 0.0
         self._last = (0, Traffic())
 
     def configure(self, options: EngineOptions) -> EngineOptions:
@@ -45,6 +50,9 @@ class WeightOffload(ZOCallback):
         with run.optimizer.settled():
             self._run = None
 
+    def on_zo_step(self, run: Run, report: StepReport) -> None:
+        self._seconds += report.seconds
+
     @staticmethod
     def _traffic(run: Run) -> Traffic:
         residency = run.optimizer.residency
@@ -56,9 +64,12 @@ class WeightOffload(ZOCallback):
             return {}
         (steps, before), now = self._last, dataclasses.replace(self._traffic(run))
         self._last = (run.optimizer.steps, now)
-        made = run.optimizer.steps - steps
+        made, seconds, self._seconds = run.optimizer.steps - steps, self._seconds, 0.0
+        waited = now.waited - before.waited
         return {
             "zo/offload/gb_read": (now.read - before.read) / made / 1e9,
             "zo/offload/gb_written": (now.written - before.written) / made / 1e9,
-            "zo/offload/seconds_waited": (now.waited - before.waited) / made,
+            "zo/offload/seconds_waited": waited / made,
+            "zo/offload/overlap": 1 - waited / max(seconds, waited, 1e-9),
+            "zo/offload/lockstep": float(run.optimizer.lockstep),
         }

@@ -44,6 +44,8 @@ class Evaluator:
         self.dropout = dropout
         self.buffers = Buffers(module)
         self.count = 0
+        self.lockstep = False
+        """Whether the last evaluations took turns."""
         self._lockstep = Lockstep(module)
 
     def evaluate(self, task: Task) -> tuple[Any, list[Tensor]]:
@@ -59,8 +61,10 @@ class Evaluator:
             try:
                 if task.residency.needs_probe():
                     self._probe(task, host)
-                if isinstance(task.residency, Offloaded) and self._lockstep.chosen(task.residency.lockstep, len(task.points)):
-                    return self._abreast(task, task.residency, host)
+                streamed = task.residency if isinstance(task.residency, Offloaded) else None
+                self.lockstep = streamed is not None and self._lockstep.chosen(streamed.lockstep, len(task.points))
+                if streamed is not None and self.lockstep:
+                    return self._abreast(task, streamed, host)
                 return self._points(task, host)
             finally:
                 self.buffers.finish()
@@ -94,7 +98,7 @@ class Evaluator:
             outputs, moved = abreast(residency, jobs, host.devices, world)
         self.count += len(outputs)
         self.buffers.first_done()
-        self._lockstep.left_behind(moved and task.remember is None)
+        self._lockstep.left_behind(moved if task.remember is None else None)
         losses = [task.loss_of(output) for output in outputs]
         if any(loss is None for loss in losses):
             return None, []
@@ -105,7 +109,8 @@ class Evaluator:
         losses: list[Tensor] = []
         with task.residency.session():
             for index, point in enumerate(task.points):
-                watched = nullcontext() if index or task.remember is not None else self._watched(task)
+                unnoticed = index == (0 if task.remember is None else 1)  # all that it left behind is put back, if anything is
+                watched = self._watched(task) if unnoticed else nullcontext()
                 with watched, task.residency.at(point, task.eps), task.muted() if index else nullcontext():
                     output = self._one(task, host)
                 self.count += 1

@@ -31,6 +31,7 @@ class Lockstep:
         self._module = module
         self._passes = 0
         self._moved = 0
+        self._what: str | None = None
 
     def world(self, remember: Remember | None) -> World:
         """The Python state of the moment: what `remember` tells, or that of the modules."""
@@ -51,10 +52,10 @@ class Lockstep:
         else:
             yield
 
-    def left_behind(self, moved: bool) -> None:
-        """Whether the last pass did."""
+    def left_behind(self, what: str | None) -> None:
+        """What the last pass left."""
         self._passes += 1
-        self._moved = self._moved + 1 if moved else 0
+        self._moved, self._what = (self._moved + 1, what) if what is not None else (0, None)
 
     def chosen(self, asked: bool | None, points: int) -> bool:
         """Whether to do it, which is said once. ValueError where it was asked for and is not possible."""
@@ -64,7 +65,7 @@ class Lockstep:
         if against is None and self._moved:
             if self._moved < _SURE:  # the first pass often sets what stays so from then on
                 return False
-            against = "forward passes change Python attributes of the model, each after the one before"
+            against = f"forward passes change Python attributes of the model, each after the one before ({self._what})"
         if against is None:
             tell_once("lockstep", _ABREAST)
             return True
@@ -74,9 +75,10 @@ class Lockstep:
         return False
 
 
-def abreast(residency: Offloaded, jobs: Sequence[Callable[[], Any]], devices: set[torch.device], world: World) -> tuple[list[Any], bool]:
-    """(What the jobs return, whether the first one changed Python state.) Afterwards that state is as the first one left it."""
+def abreast(residency: Offloaded, jobs: Sequence[Callable[[], Any]], devices: set[torch.device], world: World) -> tuple[list[Any], str | None]:
+    """(What the jobs return, what Python state the first one changed.) Afterwards that state is as the first one left it."""
     lanes = [Lane() for _ in jobs]
+    left: list[str | None] = [None for _ in jobs]
     generators: list[HostState | None] = [None] * len(jobs)
     states: list[list[Place]] = [[] for _ in jobs]
 
@@ -84,6 +86,7 @@ def abreast(residency: Offloaded, jobs: Sequence[Callable[[], Any]], devices: se
         torch.clear_autocast_cache()  # it keeps weights cast, by address of the parameter
         if old is not None:
             generators[old], states[old] = HostState(devices), world.leave()
+            left[old] = world.left
         residency.go_on(Lane() if new is None else lanes[new])
         residency.hand_to(baton.threads[new or 0])
         if new is not None:
@@ -98,7 +101,7 @@ def abreast(residency: Offloaded, jobs: Sequence[Callable[[], Any]], devices: se
             outputs = baton.run([jobs[0], *(inside(job) for job in jobs[1:])])
         finally:
             _put_back(states[0])
-    return outputs, any(not place.rewound for place in states[0])
+    return outputs, left[0]
 
 
 def _put_back(places: Sequence[Place]) -> None:

@@ -144,6 +144,11 @@ class ZOOptimizer(torch.optim.Optimizer):
             self._signature = signature(self.param_groups, self._residency.keeps)
         return self._residency
 
+    @property
+    def lockstep(self) -> bool:
+        """Whether the evaluations of the last micro-batch took turns at the borders of blocks (weights=Offload())."""
+        return self._evaluator.lockstep
+
     def settled(self) -> AbstractContextManager[None]:
         """For another thread that reads weights (an asynchronous checkpoint): inside it, it finds those before a step or after it.
 

@@ -30,6 +30,10 @@ class Place(ABC):
     def put_back(self) -> None:
         """Let it hold that again."""
 
+    def difference(self) -> str:
+        """What changed, in words."""
+        return "the contents of a list, set or tensor"
+
 
 class Table(Place):
     """Names and what they are bound to: an object's attributes, or a dict."""
@@ -43,6 +47,11 @@ class Table(Place):
 
     def now(self) -> Place:
         return type(self)(self.table)
+
+    def difference(self) -> str:
+        nothing = object()
+        names = {**self.entries, **self.table}
+        return repr(next((n for n in names if self.entries.get(n, nothing) is not self.table.get(n, nothing)), "the order of names"))
 
     def put_back(self) -> None:
         if not self.changed():

@@ -137,10 +137,12 @@ class World(Undo):
 
     def __init__(self) -> None:
         super().__init__(metrics=False)
+        self.left: str | None = None
+        """What `leave` found changed, in words."""
 
-    def changed(self) -> bool:
-        """Whether anything of it is not as it was."""
-        return any(place.changed() for place in self._places)
+    def changed(self) -> str | None:
+        """The first that is not as it was, in words."""
+        return next((place.difference() for place in self._places if place.changed() and not place.rewound), None)
 
     def add(self, places: Iterable[Place]) -> None:
         """Remember these as well."""
@@ -149,6 +151,7 @@ class World(Undo):
     def leave(self) -> list[Place]:
         """What was changed, in the order in which it was remembered; it is put back."""
         changed = [place for place in self._places if place.changed()]
+        self.left = next((place.difference() for place in changed if not place.rewound), None)
         mine = [place.now() for place in changed]
         for place in reversed(changed):
             place.put_back()

@@ -31,9 +31,8 @@ def world(state: Rerun, trainer: Any) -> Callable[[Undo], None]:
 @contextmanager
 def quiet(state: Rerun, module: nn.Module, trainer: Any, silent_logger: Callable[[], Any]) -> Iterator[None]:
     """Around an evaluation that nobody should notice: `self.log`, `self.log_dict`, `self.print` and the loggers are silent, too."""
-    loggers = trainer.loggers
     with state.hidden() as undo:
-        undo.also(lambda: setattr(trainer, "loggers", loggers))
+        undo.bindings(trainer)
         undo.bind(module, log=nothing, log_dict=nothing, print=nothing)
-        trainer.loggers = [silent_logger() for _ in loggers]
+        trainer.loggers = [silent_logger() for _ in trainer.loggers]
         yield
