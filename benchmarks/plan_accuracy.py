@@ -36,7 +36,7 @@ from zo_lightning.planning.models import DTYPES, build, configuration, quiet
 SHAPES = {
     "opt": ("causal-lm", "hidden_size=1024 word_embed_proj_dim=1024 ffn_dim=4096 num_attention_heads=16", "num_hidden_layers"),
     "llama": ("causal-lm", "hidden_size=1024 intermediate_size=2816 num_attention_heads=16 use_cache=False", "num_hidden_layers"),
-    "t5": ("seq2seq-lm", "d_model=1024 d_ff=4096 num_heads=16 decoder_start_token_id=0", "num_layers"),
+    "t5": ("seq2seq-lm", "d_model=1024 d_ff=4096 num_heads=16", "num_layers"),
     "bert": ("classification", "hidden_size=1024 intermediate_size=4096 num_attention_heads=16", "num_hidden_layers"),
 }
 MODES = {"exact": "exact", "offload (disk)": "offload"}

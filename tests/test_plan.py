@@ -158,15 +158,44 @@ def test_any_module_and_any_forward() -> None:
 
 
 def test_the_most_that_is_mapped_at_once() -> None:
-    """An update reads a block in one place and writes it to another before the block runs: two of it, and no activations of its own yet."""
-    found = mode(planned("llama"), "offload (disk)")
+    """An update reads a block in one place and writes it to another before the block runs; one that is only read is there once."""
+    ids = torch.empty(1, 1, dtype=torch.long, device="meta")
+    most = []
+    for trained in (True, False):
+        with torch.device("meta"):
+            model = MODELS["llama"]()
+        model.lm_head.weight.requires_grad_(trained)
+        model.model.embed_tokens.weight.requires_grad_(trained)
+        memory = mode(plan(model, {"input_ids": ids, "labels": ids}, forward, HERE), "offload (disk)").memory
+        most.append(memory["activations"] + memory["blocks"])
+    largest = max(parcel.nbytes for parcel in Weights(model).parcels)  # a block; its update is made in either case
+    assert most[0] == most[1] >= 2 * largest
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
+    model.model.layers[0].self_attn.q_proj.weight.requires_grad_(True)
+    memory = mode(plan(model, {"input_ids": ids, "labels": ids}, forward, HERE), "offload (disk)").memory
+    assert memory["activations"] + memory["blocks"] < 2 * largest
+
+
+class Around(nn.Module):
+    """Owns a matrix, and calls two others that own theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Parameter(torch.empty(256, 256))
+        self.first, self.second = nn.Linear(256, 256), nn.Linear(256, 256)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        result: Tensor = self.second(self.first(rows) @ self.own) @ self.own
+        return result
+
+
+def test_what_is_used_around_others_is_read_once() -> None:
     with torch.device("meta"):
-        model = MODELS["llama"]()
-    weights = Weights(model)
-    run = trace(model, inputs_of("llama"), forward, weights.watched)
-    largest = max(parcel.nbytes for parcel in weights.parcels)
-    began = max(s.began for s in run.stretches if [p.nbytes for p in weights.used([s.entered])] == [largest])
-    assert found.memory["activations"] + found.memory["blocks"] >= began + 2 * largest
+        model, batch = Around(), torch.empty(4, 256)
+    found = mode(plan(model, batch, lambda module, rows: module(rows).sum(), HERE), "offload (disk)")
+    assert found.read == 2 * 3 * 256 * 256 * 4
 
 
 def test_a_forward_pass_that_looks_at_values() -> None:
@@ -269,6 +298,11 @@ def test_bad_input(arguments: list[str], problem: str, capsys: pytest.CaptureFix
     assert problem in said.err
     assert said.err.count("\n") == 1
     assert not said.out
+
+
+def test_default_configurations_of_encoder_decoders(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["t5", *TINY, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["task"] == "seq2seq-lm"
 
 
 def test_a_unit_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:

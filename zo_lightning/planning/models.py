@@ -111,6 +111,8 @@ def build(config: Any, batch: int, length: int, task: str | None = None, dtype: 
             raise ValueError(f"{option} {value}: must be at least 1.")
     task = task or _task_of(config)
     dtype = dtype or _dtype_of(config)
+    if task == "seq2seq-lm" and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = 0  # checkpoints have one, default configurations may not; its value changes no size
     try:
         with torch.device("meta"):
             model = getattr(transformers, TASKS[task]).from_config(config, dtype=dtype).train()
