@@ -94,3 +94,14 @@ def test_the_mezo_loop_is_algorithm_1(mezo: Any) -> None:
     assert projected == pytest.approx((sides[0] - sides[1]) / 2e-3, rel=1e-9)
     for p, base, direction in zip(net.parameters(), before, z, strict=True):
         torch.testing.assert_close(p.data, base - 0.1 * projected * direction, rtol=1e-12, atol=1e-12)
+
+
+def test_plan_accuracy_compares_a_plan_with_a_process(tmp_path: Path) -> None:
+    out = tmp_path / "accuracy.json"
+    shape = "--only llama --dtypes float32 --layers 1 --large 0 --batch 1 --length 8 --steps 1".split()
+    done = script("plan_accuracy.py", *shape, "--modes", "offload (disk)", "--json", str(out))
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["measured_traffic"] == row["predicted_traffic"]
+    assert row["measured_bytes"] > row["before_training_bytes"] > 100_000_000
+    assert abs(row["error"]) < 0.25  # of half a gigabyte, which is mostly Python

@@ -55,7 +55,11 @@ def parcels_of(module: nn.Module, trained: Sequence[Trained], names: dict[int, s
     Vectors stay where they are: they are some thousandths of a model, and read at every step. So do adapters, all that is trained where
     that is less than a twentieth of the model.
     """
-    frozen = _frozen(module, trained, names)
+    return parcels_among(module, trained, _frozen(module, trained, names))
+
+
+def parcels_among(module: nn.Module, trained: Sequence[Trained], frozen: Sequence[Trained]) -> dict[nn.Module | None, list[Parcel]]:
+    """The same, told which weights are only read; none of them needs to have values."""
     few = 20 * total_bytes(p.tensor for p in trained) <= total_bytes(p.tensor for p in [*trained, *frozen])
     every = [*([] if few else trained), *frozen]
     large = [p for p in every if p.tensor.dim() > 1 and p.tensor.numel() and dense(p.tensor)]

@@ -1,0 +1,206 @@
+"""Memory, traffic and time of each mode of the engine, out of a model's weights and one traced forward pass.
+
+What is known of the engine by number rather than by its own functions stands at the top of this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from zo_lightning.planning.forward import Forward, Pass, Stretch, trace
+from zo_lightning.planning.machine import Machine
+from zo_lightning.planning.weights import Weights
+
+LOCKSTEP = False
+"""Whether both forward passes of a query visit a block while it is in memory: then each block is read once a step instead of twice."""
+TO_GPU = False
+"""Whether the engine streams weights to a GPU; these modes are planned and compared, but not recommended before it does."""
+BLOCKS_ON_GPU = 3
+"""Of the largest block, beside scratch: the one that runs, the next one, which is on its way, and the last one, which is written back."""
+MATRIX_LIBRARY, COMPILER = 25_000_000, 65_000_000
+"""Resident bytes of a CPU process that its first step adds, measured with torch 2.13: code of the matrix kernels; torch's compiler and the
+noise kernels that it makes."""
+CUDA_CONTEXT = 500_000_000
+"""Bytes of a GPU that CUDA takes before the first tensor (assumed; torch.cuda.max_memory_allocated does not count them)."""
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A mode of the engine for one model, batch and machine. Bytes, and seconds a step.
+
+    `memory` are the parts of the peak on the device; `host` is CPU memory beside a GPU, `disk` the room for files. `read` and `written`
+    cross the bus or come from and go to the disk, a step. `ready` says whether the engine of this version has the mode.
+    """
+
+    name: str
+    weights: str
+    memory: dict[str, int]
+    host: int
+    disk: int
+    read: int
+    written: int
+    compute_seconds: float
+    bus_seconds: float
+    fits: bool
+    ready: bool
+
+    @property
+    def peak(self) -> int:
+        """The most bytes of device memory."""
+        return sum(self.memory.values())
+
+    @property
+    def bound(self) -> str:
+        """What a step waits for: "compute" or "bus"."""
+        return "bus" if self.bus_seconds > self.compute_seconds else "compute"
+
+    @property
+    def seconds(self) -> float:
+        """Of a step, where transfers and computation overlap."""
+        return max(self.bus_seconds, self.compute_seconds)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` found: the modes in the order of preference, the forward pass, and what was assumed, in sentences."""
+
+    modes: tuple[Mode, ...]
+    forward_flops: int
+    activations: int
+    weights: int
+    trained: int
+    largest_unit: int
+    machine: Machine
+    assumptions: tuple[str, ...]
+
+    @property
+    def recommended(self) -> Mode | None:
+        """The first mode that the engine has and that fits; None where there is none."""
+        return next((mode for mode in self.modes if mode.fits and mode.ready), None)
+
+    @property
+    def smallest(self) -> Mode:
+        """The mode of the engine that needs the least device memory."""
+        return min((mode for mode in self.modes if mode.ready), key=lambda mode: mode.peak)
+
+
+def plan(model: nn.Module, inputs: Any, forward: Forward, machine: Machine, queries: int = 1, *, lockstep: bool = LOCKSTEP) -> Plan:
+    """Compare the engine's modes for `model`, a module on the meta device in training mode, whose weights have their dtypes.
+
+    `inputs` are tensors on the meta device in any nesting, and `forward(model, inputs)` makes one forward pass of a batch and returns the
+    loss: it is run once, without data. A step of SPSA takes `2 * queries` of them. ValueError for a model in which nothing is trained, or
+    whose forward pass depends on values of tensors.
+    """
+    weights = Weights(model)
+    run = trace(model, inputs, forward, weights.watched, machine.device)
+    found = _Planner(weights, run, machine, 2 * queries, lockstep, inputs).modes()
+    return Plan(
+        modes=tuple(found),
+        forward_flops=run.flops,
+        activations=run.peak,
+        weights=weights.nbytes,
+        trained=sum(p.tensor.nbytes for p in weights.trained),
+        largest_unit=max(sum(p.tensor.nbytes for p in unit.parameters) for unit in weights.units),
+        machine=machine,
+        assumptions=_assumptions(machine, lockstep),
+    )
+
+
+class _Planner:
+    def __init__(self, weights: Weights, run: Pass, machine: Machine, points: int, lockstep: bool, inputs: Any) -> None:
+        self.weights, self.run, self.machine, self.points, self.lockstep = weights, run, machine, points, lockstep
+        self._scratch = weights.scratch() if machine.on_gpu else weights.touched(inputs)
+
+    def modes(self) -> list[Mode]:
+        """In the order of preference: exact weights first, and those that move the fewest bytes."""
+        found = [self._resident("exact", self._scratch), self._resident("copy", self.weights.copied()), self._resident("inplace", 0)]
+        if self.weights.parcels:
+            found += [self._to_gpu("CPU memory"), self._to_gpu("disk")] if self.machine.on_gpu else [self._from_disk()]
+        return found
+
+    def _process(self) -> dict[str, int]:
+        if self.machine.on_gpu:
+            return {"CUDA context": CUDA_CONTEXT}
+        return {"Python and packages": self.machine.process, "matrix library": MATRIX_LIBRARY, "compiler": COMPILER}
+
+    def _resident(self, name: str, scratch: int) -> Mode:
+        memory = {"weights": self.weights.nbytes + self.weights.buffers, "float32 vectors": self.weights.masters, "scratch": scratch}
+        return self._mode(name, f'weights="{name}"', {**memory, **self._activations(self.run.peak)})
+
+    def _activations(self, nbytes: int) -> dict[str, int]:
+        return {"activations": nbytes, "kept by malloc": 0 if self.machine.on_gpu else self.run.kept}
+
+    def _streamed(self) -> dict[str, int]:
+        resident = self.weights.resident() + self.weights.buffers
+        return {"resident weights": resident, "float32 vectors": self.weights.masters, "scratch": self._scratch}
+
+    def _from_disk(self) -> Mode:
+        together = self._blocks_and_activations(self.run.stretches)
+        activations = min(together, self._passes_at_once())
+        memory = {**self._streamed(), **self._activations(activations), "blocks": together - activations}
+        memory["aligned copies"] = self.weights.aligned(self.run.stretches)
+        return self._mode("offload (disk)", "Offload()", memory, disk=self.weights.slots(), streams=True)
+
+    def _to_gpu(self, tier: str) -> Mode:
+        largest = max(sum(parcel.nbytes for parcel in parcels) for parcels in self.weights.holders.values())
+        memory = {**self._streamed(), **self._activations(self._passes_at_once()), "blocks": BLOCKS_ON_GPU * largest}
+        disk = self.weights.slots() if tier == "disk" else 0
+        host = BLOCKS_ON_GPU * largest if disk else self.weights.streamed
+        return self._mode(f"offload ({tier})", "Offload()", memory, host=host, disk=disk, streams=True, ready=TO_GPU)
+
+    def _passes_at_once(self) -> int:
+        """Activations: in lockstep one pass waits between two blocks while the other one runs."""
+        waiting = max((s.began for s in self.run.stretches if s.entered is not None), default=0) if self.lockstep else 0
+        return self.run.peak + waiting
+
+    def _blocks_and_activations(self, stretches: Sequence[Stretch]) -> int:
+        """The most bytes of mapped blocks and activations at one moment: the pages of a block are there while it runs, and twice while its
+        update is made."""
+        most = 0
+        waiting = self._passes_at_once() - self.run.peak
+        for stretch in stretches:
+            here = self.weights.used(stretch.running)
+            most = max(most, stretch.peak + sum(parcel.nbytes for parcel in here))
+            if stretch.entered is not None:
+                beside = sum(parcel.nbytes for parcel in self.weights.used(stretch.running[:-1]))
+                for parcel in self.weights.holders.get(stretch.entered, ()):
+                    beside += parcel.nbytes
+                    most = max(most, stretch.began + beside + parcel.nbytes * self.weights.moves(parcel))
+        return most + waiting
+
+    def _mode(
+        self, name: str, weights: str, memory: dict[str, int], *, host: int = 0, disk: int = 0, streams: bool = False, ready: bool = True
+    ) -> Mode:
+        memory = {part: size for part, size in {**memory, **self._process()}.items() if size}
+        visits = self.points // 2 if self.lockstep else self.points
+        read = visits * self.weights.read(self.run.stretches) if streams else 0
+        written = self.weights.written(self.run.stretches) if streams else 0
+        bandwidth = self.machine.disk_bandwidth if disk else self.machine.bus_bandwidth
+        both_ways = read + written if disk else max(read, written)  # a bus carries both directions at once
+        fits = self.machine.memory is None or sum(memory.values()) <= self.machine.memory
+        compute = self.points * self.run.flops / self.machine.flops
+        return Mode(name, weights, memory, host, disk, read, written, compute, both_ways / bandwidth, fits, ready)
+
+
+def _assumptions(machine: Machine, lockstep: bool) -> tuple[str, ...]:
+    passes = "in lockstep: a block is read once for both forward passes of a query" if lockstep else "a block is read in each forward pass"
+    said = [
+        f"{machine.flops / 1e9:.0f} GFLOP/s ({machine.flops_source}); matrix products, convolutions and attention are counted, not noise",
+        f"disk {machine.disk_bandwidth / 1e9:.1f} GB/s ({machine.disk_source}), reads and writes one after another",
+        f"{passes}; all blocks that steps change are written once; transfers and computation overlap",
+    ]
+    if machine.on_gpu:
+        return (
+            *said,
+            f"bus {machine.bus_bandwidth / 1e9:.1f} GB/s ({machine.bus_source}), both directions at once",
+            f"{BLOCKS_ON_GPU} of the largest block on the GPU while weights are streamed; attention is a fused kernel",
+        )
+    return (
+        *said,
+        f"Python and packages take {machine.process / 1e9:.2f} GB ({machine.process_source}); loading of the model is not included",
+        "malloc is glibc's, which keeps the memory of freed tensors up to 32 MiB; attention is the kernel that torch takes on a CPU",
+    )
