@@ -7,7 +7,6 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from zo_lightning.engine.noise import Noise
@@ -30,7 +29,6 @@ class Buffer:
     pooled: bool
     """Whether it is used again."""
     after: list[Mark | Copying] = field(default_factory=list)
-    loading: Copying | None = None
     versions: tuple[int, ...] = ()
     """Of the parcel's tensors when it was loaded: what was written to them since is not in the buffer."""
 
@@ -38,8 +36,8 @@ class Buffer:
 class InBuffers(Place):
     """Parcels are lent in a few buffers of each size, which are used again and again; what follows is copied meanwhile.
 
-    Of what will follow, as many bytes are fetched ahead as the largest parcel has. An update is made in the buffer and copied home while the
-    block computes; where that fails, it is due again, and `begin` or `settle` of any parcel raises what happened.
+    Of what will follow, as many bytes are fetched ahead as the largest parcel has. An update is made in the buffer and copied home while
+    the block computes; where that fails, it is due again, and `begin` of any parcel or `settle` raises what happened.
     """
 
     def __init__(self, tier: Tier, lanes: Lanes, route: Route, largest: int) -> None:
@@ -47,7 +45,7 @@ class InBuffers(Place):
         self._lanes, self._route, self._room = lanes, route, largest
         self._free: dict[int, deque[Buffer]] = {}
         self._lent: dict[Parcel, Buffer] = {}
-        self._ahead: dict[Parcel, Buffer] = {}
+        self._ahead: dict[Parcel, tuple[Buffer, Copying]] = {}
         self._saved: dict[Parcel, Copying] = {}
         """The last copy home of each parcel: what is loaded comes after it."""
         self._open: dict[Parcel, list[Due]] = {}
@@ -58,10 +56,9 @@ class InBuffers(Place):
     def begin(self, parcel: Parcel, noise: Noise, watched: bool) -> list[Tensor]:
         self._collect()
         began = time.perf_counter()
-        buffer = self._loaded(parcel, watched)
-        assert buffer.loading is not None
+        buffer, loading = self._loaded(parcel, watched)
         try:
-            self._lanes.hold(buffer.loading.result())
+            self._lanes.hold(loading.result())
             self.traffic.waited += time.perf_counter() - began + self._lanes.stalled()
             views = parcel.views(lambda begin, end: buffer.memory[begin:end])
             due = self.due.get(parcel)
@@ -79,7 +76,7 @@ class InBuffers(Place):
 
     def announce(self, parcels: Sequence[Parcel]) -> None:
         for parcel in [parcel for parcel in self._ahead if parcel not in parcels]:
-            self._give(parcel, self._ahead.pop(parcel))
+            self._give(parcel, self._ahead.pop(parcel)[0])
         room = self._room - sum(parcel.nbytes for parcel in self._ahead)
         for parcel in parcels:
             if parcel in self._ahead or parcel in self._lent:
@@ -91,19 +88,18 @@ class InBuffers(Place):
 
     def settle(self) -> None:
         for parcel in list(self._ahead):
-            self._give(parcel, self._ahead.pop(parcel))
+            self._give(parcel, self._ahead.pop(parcel)[0])
         self._collect(wait=True)
 
-    def _loaded(self, parcel: Parcel, watched: bool) -> Buffer:
-        """A buffer with the parcel as it is at home, or on the way there."""
-        buffer = self._ahead.pop(parcel, None)
-        if buffer is not None and (watched or buffer.versions != _versions(parcel)):
+    def _loaded(self, parcel: Parcel, watched: bool) -> tuple[Buffer, Copying]:
+        """A buffer, and the copy of the parcel into it."""
+        if parcel in self._ahead:
+            buffer, loading = self._ahead.pop(parcel)
+            if not watched and buffer.versions == _versions(parcel):
+                return buffer, loading
             self._give(parcel, buffer)
-            buffer = None
-        if buffer is None:
-            # a view that outlives what was lent keeps memory alive that belongs to no buffer, and nothing else is written there
-            buffer = self._load(parcel, self._made(parcel.nbytes, pooled=False) if watched else self._take(parcel))
-        return buffer
+        # where it is watched, a view that outlives what was lent keeps its memory, which belongs to no buffer, from being used again
+        return self._load(parcel, self._made(parcel.nbytes, pooled=False) if watched else self._take(parcel))
 
     def _made(self, nbytes: int, pooled: bool) -> Buffer:
         return Buffer(self._lanes.empty(nbytes), pooled, [self._lanes.mark()])  # the memory may still be used by what was computed
@@ -114,7 +110,7 @@ class InBuffers(Place):
         if not free:
             other = next((other for other in self._ahead if other.nbytes == parcel.nbytes), None)
             if other is not None:
-                self._give(other, self._ahead.pop(other))
+                self._give(other, self._ahead.pop(other)[0])
         if free:
             return free.popleft()
         self.made[parcel.nbytes] += 1
@@ -125,12 +121,12 @@ class InBuffers(Place):
         if buffer.pooled:
             self._free[parcel.nbytes].append(buffer)
 
-    def _load(self, parcel: Parcel, buffer: Buffer) -> Buffer:
+    def _load(self, parcel: Parcel, buffer: Buffer) -> tuple[Buffer, Copying]:
         buffer.versions = _versions(parcel)
         after = [*buffer.after, *([self._saved[parcel]] if parcel in self._saved else [])]
-        buffer.loading, buffer.after = self._route.load(parcel, buffer.memory, after), []
+        loading, buffer.after = self._route.load(parcel, buffer.memory, after), []
         self.traffic.read += parcel.nbytes
-        return buffer
+        return buffer, loading
 
     def _save(self, parcel: Parcel, buffer: Buffer, due: list[Due]) -> None:
         copying = self._route.save(parcel, buffer.memory, [self._lanes.mark()], due[-1].step)
@@ -147,10 +143,10 @@ class InBuffers(Place):
             if error is not None:
                 errors.append(error)
                 self.due[parcel] = due + self.due.get(parcel, [])
-        if wait:
-            for copying in self._saved.values():
-                if copying.exception() is None:
-                    self._lanes.join(copying.result())
+        while wait and self._saved:
+            _, copying = self._saved.popitem()
+            if copying.exception() is None:
+                self._lanes.join(copying.result())
         if errors:
             raise errors[0]
 

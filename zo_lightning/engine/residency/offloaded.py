@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,9 @@ __all__ = ["Offload", "Offloaded", "Traffic"]
 
 Holders = dict[nn.Module | None, list[Parcel]]
 """The parcels that a module uses; under None those that no module owns."""
+
+_OWNERS: WeakKeyDictionary[nn.Module, ref[Offloaded]] = WeakKeyDictionary()
+"""Who has the weights of a module; another optimizer takes them over with all updates."""
 
 AHEAD = 4
 """How many parcels are announced; how many of them are fetched ahead is for their place to say."""
@@ -96,8 +100,9 @@ class Offloaded(Exact):
                 for parcel in self._parcels:
                     parcel.renew(self.trained)
             else:
-                if isinstance(before, Offloaded):
-                    before._place.tier.close()
+                for other in {_OWNERS[module]() for module in self._root.modules() if module in _OWNERS} - {None}:
+                    other.close()
+                    other._place.tier.close()
                 self._place = offload.place(self._parcels, self.device)
             self._due = self._place.due
             for parcel in self._parcels:
@@ -106,6 +111,7 @@ class Offloaded(Exact):
             self.bring_rest()
         self._hooks_of_base: list[Any] = []
         self._hook()
+        _OWNERS.update((module, ref(self)) for module in self._holders if module is not None)
 
     @property
     def traffic(self) -> Traffic:
