@@ -17,6 +17,7 @@ from zo_lightning.engine.noise import Change, Noise, sweep
 from zo_lightning.engine.noise.members import Listed
 from zo_lightning.engine.offload import Offload, Parcel, Place, Traffic, parcels_of
 from zo_lightning.engine.offload.due import Due
+from zo_lightning.engine.offload.hooks import Hook
 from zo_lightning.engine.offload.parcels import FROZEN
 from zo_lightning.engine.parameters import Trained, names_of
 from zo_lightning.engine.residency.base import Residency
@@ -38,27 +39,6 @@ AHEAD = 4
 """How many parcels are announced; how many of them are fetched ahead is for their place to say."""
 
 
-class _Hook:
-    """A hook of a module; copies of the module, which have their weights in memory, have none."""
-
-    def __init__(self, call: Callable[..., None]) -> None:
-        self.call = call
-
-    def __call__(self, *args: Any) -> None:
-        self.call(*args)
-
-    def __reduce__(self) -> Any:
-        return _no_hook, ()
-
-
-def _no_hook() -> Callable[..., None]:
-    return _nothing
-
-
-def _nothing(*args: Any) -> None:
-    """The hook of a copy."""
-
-
 class Offloaded(Exact):
     """Between uses, parameters are where their parcels are at rest, in mapped files or CPU memory: whoever reads them finds base weights.
 
@@ -69,6 +49,7 @@ class Offloaded(Exact):
     Its steps are those of "exact" in every bit, and it has the same name in the step log: either goes on with the other's run.
     """
 
+    device: torch.device
     keep_after = 1 << 62  # scratch of every unit would be the whole model
 
     def __init__(
@@ -100,9 +81,10 @@ class Offloaded(Exact):
                 for parcel in self._parcels:
                     parcel.renew(self.trained)
             else:
-                for other in {_OWNERS[module]() for module in self._root.modules() if module in _OWNERS} - {None}:
-                    other.close()
-                    other._place.tier.close()
+                for other in {_OWNERS[module]() for module in self._root.modules() if module in _OWNERS}:
+                    if other is not None:
+                        other.close()
+                        other._place.tier.close()
                 self._place = offload.place(self._parcels, self.device)
             self._due = self._place.due
             for parcel in self._parcels:
@@ -140,12 +122,12 @@ class Offloaded(Exact):
         for module, parcels in self._holders.items():
             self._hook_user(module, parcels)
         for module in self._root.modules():
-            self._hooks_of_base.append(module.register_state_dict_pre_hook(_Hook(self._before_states)))
-            self._hooks_of_base.append(module.register_load_state_dict_pre_hook(_Hook(self._before_states)))
+            self._hooks_of_base.append(module.register_state_dict_pre_hook(Hook(self._before_states)))
+            self._hooks_of_base.append(module.register_load_state_dict_pre_hook(Hook(self._before_states)))
 
     def _hook_user(self, module: nn.Module | None, parcels: Sequence[Parcel]) -> None:
         if module is not None:
-            enter, leave = (_Hook(torch.compiler.disable(call)) for call in (self._entering(parcels), self._leaving))
+            enter, leave = (Hook(torch.compiler.disable(call)) for call in (self._entering(parcels), self._leaving))
             self._hooks_of_base.append(module.register_forward_pre_hook(enter, prepend=True))
             self._hooks_of_base.append(module.register_forward_hook(leave, always_call=True))
 
