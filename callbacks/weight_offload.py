@@ -1,4 +1,4 @@
-"""WeightOffload: train models that do not fit into memory, their weights streamed from files, under either host."""
+"""WeightOffload: train models that do not fit where they are computed, their weights streamed there, under either host."""
 
 from __future__ import annotations
 
@@ -12,27 +12,29 @@ from zo_lightning.engine.residency import Offload, Offloaded, Traffic
 
 
 class WeightOffload(ZOCallback):
-    """Keeps the matrices of the model in files, and a few blocks of them in memory: forward passes read each block before it runs.
+    """Keeps the matrices of the model in files or in the CPU's memory, and a few blocks of them where forward passes run.
 
-    Losses and weights are those of `weights="exact"`, bit for bit. The update of a step is made when its block is read the next time, on
+    Losses and weights are those of `weights="exact"`, bit for bit. The update of a step is made when its block is used the next time, on
     the way to the next perturbation, and written back; evaluation, checkpoints, state dicts, exceptions and the end of the run find weights
     with all updates. Code of your own that reads or writes weights between two steps does so inside `with optimizer.settled():`.
-    Vectors stay in memory, and adapters, where what is trained is less than a twentieth of the model.
+    Vectors stay on the host's device, and so do adapters, where what is trained is less than a twentieth of the model; the host does not
+    bring the model there.
 
-    Logs, as `zo/offload/...` over the steps since the last log: gigabytes read and written a step, seconds waited for the disk a step,
-    and the share of the time that was not waited (`overlap`); `lockstep` is 1 where the last step was made so.
+    Logs, as `zo/offload/...` over the steps since the last log: gigabytes read and written a step, seconds waited for blocks a step, and
+    the share of the time that was not waited (`overlap`); `lockstep` is 1 where the last step was made so.
 
     Args:
         folder: of the files, on a fast disk with room for the model and a block; None makes a temporary one, removed in the end.
+        tier: "disk", "memory" (of the CPU, pinned), or "auto": files where a folder is given or the host's device is the CPU, else memory.
         lockstep: True: the evaluations of a step take turns at the borders of blocks, on threads, so that a block is read once for all of
             them; False: one after another. None: in lockstep where each is sure to compute what it computes alone, which is said.
 
-    Raises ValueError for a model without matrices, a compiled one or one on a GPU, for a folder that another run uses, and beside another
-    `weights=` option; OSError where the files can't be made.
+    Raises ValueError for a model without matrices, a compiled one or one on another device, for a folder that another run uses, and beside
+    another `weights=` option; OSError where the files can't be made, MemoryError where there is no room in memory.
     """
 
-    def __init__(self, folder: str | os.PathLike[str] | None = None, lockstep: bool | None = None) -> None:
-        self.offload = Offload(None if folder is None else os.fspath(folder), lockstep)
+    def __init__(self, folder: str | os.PathLike[str] | None = None, tier: str = "auto", lockstep: bool | None = None) -> None:
+        self.offload = Offload(None if folder is None else os.fspath(folder), tier, lockstep=lockstep)
         self._run: Run | None = None
         self._seconds = 0.0
         self._last = (0, Traffic())

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from zo_lightning.engine import ZOOptimizer
 from zo_lightning.engine.messages import say_once
 from zo_lightning.engine.options import EngineOptions
 from zo_lightning.engine.parallel import DataParallel, broadcast_parameters
+from zo_lightning.engine.residency import Offload
 from zo_lightning.hf_integration import knobs
 from zo_lightning.hf_integration.bridge import ZOBridge
 from zo_lightning.hf_integration.checkpoints import is_complete, newest_complete
@@ -66,6 +68,7 @@ class ZOTrainerMixin(_Host):
         self._zo_options: EngineOptions | None = None
         self._zo_prepared: ZOOptimizer | None = None
         self._zo_without_items: bool | None = None
+        self._zo_given = [one for value in (*args, *kwargs.values()) if isinstance(value, (list, tuple)) for one in value]
         own = {key: self._zo_arguments(value) for key, value in kwargs.items()}
         super().__init__(*[self._zo_arguments(value) for value in args], **own)
         if self._zo:
@@ -114,7 +117,28 @@ class ZOTrainerMixin(_Host):
             )
         if self.accelerator.scaler is not None:
             self.accelerator.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=False)
-        self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
+        self.accelerator.prepare_model = functools.partial(self._zo_prepare_model, self.accelerator.prepare_model)
+
+    def _zo_prepare_model(self, prepare: Callable[..., Any], model: Any, device_placement: bool | None = None, **_: Any) -> Any:
+        """accelerate's, which wraps nothing and leaves weights that are streamed to the device where they are."""
+        return prepare(model, device_placement=False if self._zo_streams() else device_placement, evaluation_mode=True)
+
+    def _zo_streams(self) -> bool:
+        """Whether weights come to the device block by block; callbacks are asked, some before the host knows them."""
+        if not self._zo:
+            return False
+        engines = filter(None, map(engine_of, (getattr(self, "optimizer", None), *self._zo_given)))
+        if any(isinstance(engine.weights, Offload) for engine in engines):
+            return True
+        handler, options = getattr(self, "callback_handler", None), self.zo_options
+        for callback in zo_callbacks(self._zo_given if handler is None else handler.callbacks):
+            options = callback.configure(options)
+        return isinstance(options.weights, Offload)
+
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        """The host's, unless the weights are streamed: the engine then brings the rest of the model."""
+        if not self._zo_streams():
+            super()._move_model_to_device(model, device)
 
     def _zo_check_optimizer(self) -> None:
         """Raise ``ValueError`` for a first-order optimizer object or class given to a forward-only trainer."""
@@ -177,12 +201,29 @@ class ZOTrainerMixin(_Host):
         if not self._zo:
             return super().get_optimizer_cls_and_kwargs(args, model)
         options = self._zo_options or self.zo_options
+        if isinstance(options.weights, Offload):
+            options = dataclasses.replace(options, weights=self._zo_offload(options.weights))
         if options.weights == "auto" and self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
             # accelerate compiles later, and hooks that are added to a compiled module never run
             options = dataclasses.replace(options, weights="inplace")
         lr = args.learning_rate if options.lr is None else options.lr
         module = self.model if model is None else model
         return ZOOptimizer, {**options.keywords(), "lr": lr, "weight_decay": args.weight_decay, "module": module}
+
+    def _zo_offload(self, offload: Offload) -> Offload:
+        """For the device of the host. ``ValueError`` for what would bring the whole model there."""
+        full = next((name for name in ("fp16_full_eval", "bf16_full_eval") if getattr(self.args, name)), None)
+        if full is not None:
+            raise ValueError(f"{full}=True casts and moves the whole model for evaluation, and its weights are streamed. Leave it out.")
+        if self.args.world_size > 1 and self.args.device.type != "cpu":
+            raise ValueError(f"Weights are streamed to one device so far, and there are {self.args.world_size} processes. Start one.")
+        return offload if offload.device is not None else dataclasses.replace(offload, device=str(self.args.device))
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's; weights that are streamed are so in an evaluation before training, too."""
+        if self.optimizer is None and self._zo_streams():
+            self.create_optimizer()
+        return super().evaluation_loop(*args, **kwargs)
 
     # ---- The step ----
 

@@ -251,7 +251,7 @@ def test_a_write_that_fails_is_made_again(monkeypatch: pytest.MonkeyPatch) -> No
     one, other = made("llama"), made("llama")
     train(one, "exact", 4)
     _, optimizer = train(other, Offload(), 3)
-    tier = offloaded(optimizer)._tier
+    tier = offloaded(optimizer)._place.tier
     plain, calls = tier.commit, iter(range(100))
 
     def failing(*given: Any) -> None:
@@ -285,7 +285,7 @@ def test_each_update_goes_to_a_free_slot(tmp_path: Path, monkeypatch: pytest.Mon
     """What is valid is never written over: a kill in the middle of an update costs the update alone."""
     model = made("llama")
     _, optimizer = train(model, Offload(str(tmp_path)), 1)
-    tier = offloaded(optimizer)._tier
+    tier = offloaded(optimizer)._place.tier
     draft, commit, begun, made_so = tier.draft, tier.commit, {}, []
 
     def drafted(parcel: Any) -> Any:
@@ -349,7 +349,7 @@ def test_opened_weights_are_read_in_place_until_the_first_update(tmp_path: Path)
     expected, _ = train(one, "exact")
     optimizer = ZOOptimizer(other, lr=1e-3, eps=1e-2, weights=Offload(), weight_decay=0.1)
     optimizer.estimate(loss_of(other))
-    assert not offloaded(optimizer)._tier._slots
+    assert not offloaded(optimizer)._place.tier._slots
     optimizer.discard()
     residency = optimizer.residency
     assert values(other, optimizer) == expected

@@ -149,6 +149,111 @@ def test_what_the_trainer_saves_is_loaded_by_a_model_in_memory(tmp_path: Path) -
     assert same(weights(loaded), weights(host.model))
 
 
+# ---- a device of its own
+
+
+@pytest.fixture
+def moved(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Modules that somebody moves as a whole, but for the way home after a run."""
+    found: list[Any] = []
+    plain = torch.nn.Module.to
+
+    def to(self: Any, *given: Any, **named: Any) -> Any:
+        if any(isinstance(one, torch.device) for one in (*given, *named.values())):
+            found.append(type(self).__name__)
+        return plain(self, *given, **named)
+
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    return found
+
+
+IN_MEMORY = {"tier": "memory"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_lightning_leaves_weights_in_memory_where_they_are(name: str, tmp_path: Path, moved: list[Any]) -> None:
+    whole = fit(tmp_path / "exact", TrajectoryLog(), name=name)
+    assert "Validated" in moved
+    moved.clear()
+    streamed = fit(tmp_path / "streamed", WeightOffload(**IN_MEMORY), TrajectoryLog(), name=name)
+    assert "Validated" not in moved
+    assert equal(streamed.state_dict(), whole.state_dict())
+    assert streamed.seen == whole.seen
+    exact, offload = (read_log(next((tmp_path / run).glob("**/trajectory.zolog"))) for run in ("exact", "streamed"))
+    assert offload.steps == exact.steps
+
+
+def test_lightning_runs_again_on_weights_in_memory(tmp_path: Path, moved: list[Any]) -> None:
+    """fit, validate, fit: each sets the module up and tears it down."""
+    results = []
+    for more in ([], [WeightOffload(**IN_MEMORY)]):
+        torch.manual_seed(0)
+        module = modules(NAMES[0])(net(), lambda m: torch.optim.SGD(m.parameters(), lr=0.01))
+        module.seen = []
+        weights = "auto" if more else "exact"
+        host = lightning_models.trainer(
+            tmp_path, NAMES[0], strategy=ZOStrategy(weights=weights, eps=1e-2), callbacks=more, enable_checkpointing=False, max_epochs=1
+        )
+        moved.clear()
+        host.fit(module, loader(), loader(32))
+        host.validate(module, loader(32), verbose=False)
+        host.fit_loop.max_epochs = 2
+        host.fit(module, loader(), loader(32))
+        assert ("Validated" in moved) is not bool(more)
+        results.append((module.seen, module.state_dict()))
+    assert results[0][0] == results[1][0]
+    assert equal(results[0][1], results[1][1])
+
+
+def test_the_module_knows_its_device() -> None:
+    from zo_lightning.strategy.knobs import tell_device
+
+    module = lit(NAMES[0])(net(), lambda m: None)
+    tell_device(module, torch.device("cuda", 1))
+    assert module.device == torch.device("cuda", 1)
+    assert all(weight.device.type == "cpu" for weight in module.parameters())
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_trainer_leaves_weights_in_memory_where_they_are(kind: str, tmp_path: Path, moved: list[Any]) -> None:
+    whole = run(tmp_path / "exact", kind)
+    assert type(whole.model).__name__ in moved
+    moved.clear()
+    streamed = run(tmp_path / "streamed", kind, WeightOffload(**IN_MEMORY))
+    assert type(streamed.model).__name__ not in moved
+    assert losses(streamed) == losses(whole)
+    assert losses(streamed, "eval_loss") == losses(whole, "eval_loss")
+    assert same(weights(streamed.model), weights(whole.model))
+
+
+def test_the_trainer_evaluates_before_it_trains(tmp_path: Path) -> None:
+    seen = []
+    for more in ([], [WeightOffload(**IN_MEMORY)]):
+        given = {} if more else {"zo_weights": "exact"}
+        host = trainer(tmp_path, bert(0), data=texts(), eval_dataset=texts(), callbacks=more, max_steps=3, zo_eps=1e-2, **given)
+        seen.append([host.evaluate()["eval_loss"]])
+        assert isinstance(host.zo_optimizer.residency, Offloaded) if more else host.optimizer is None
+        host.train()
+        seen[-1] += [host.evaluate()["eval_loss"], *losses(host)]
+    assert seen[0] == seen[1]
+
+
+def test_the_trainer_leaves_the_weights_of_an_optimizer_that_streams(tmp_path: Path, moved: list[Any]) -> None:
+    from zo_lightning.engine import ZOOptimizer
+    from zo_lightning.engine.residency import Offload
+
+    model = bert(0)
+    optimizer = ZOOptimizer(model, lr=1e-3, weights=Offload(**IN_MEMORY))
+    trainer(tmp_path, model, data=texts(), optimizers=(optimizer, None), max_steps=2).train()
+    assert type(model).__name__ not in moved
+
+
+def test_an_evaluation_that_would_move_the_model(tmp_path: Path) -> None:
+    host = trainer(tmp_path, bert(0), data=texts(), callbacks=[WeightOffload()], bf16_full_eval=True, max_steps=1)
+    with pytest.raises(ValueError, match=r"bf16_full_eval=True casts and moves the whole model for evaluation"):
+        host.train()
+
+
 # ---- mistakes
 
 

@@ -55,7 +55,7 @@ class Evaluator:
         first run inside `muted()`. Weights, generators and training flags come back as they were; buffers as the first one left them. A
         signal handler (which may save a checkpoint) runs after all that; Ctrl-C inside the closure raises KeyboardInterrupt there.
         """
-        devices = {p.tensor.device for p in task.residency.trained}
+        devices = task.residency.devices()
         with held(), torch.inference_mode(False), torch.no_grad(), host_state(devices) as host, self._dropout():
             self.buffers.begin()
             try:

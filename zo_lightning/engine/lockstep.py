@@ -75,8 +75,10 @@ class Lockstep:
         return False
 
 
-def abreast(residency: Offloaded, jobs: Sequence[Callable[[], Any]], devices: set[torch.device], world: World) -> tuple[list[Any], str | None]:
-    """(What the jobs return, what Python state the first one changed.) Afterwards that state is as the first one left it."""
+def abreast(
+    residency: Offloaded, jobs: Sequence[Callable[[], Any]], devices: set[torch.device], world: World
+) -> tuple[list[Any], str | None]:
+    """(What the jobs return, what Python state the first one changed.) Then that state is as the first one left it."""
     lanes = [Lane() for _ in jobs]
     left: list[str | None] = [None for _ in jobs]
     generators: list[HostState | None] = [None] * len(jobs)

@@ -14,11 +14,12 @@ from zo_lightning.engine.messages import say_once
 from zo_lightning.engine.optimizer import ZOOptimizer
 from zo_lightning.engine.options import EngineOptions
 from zo_lightning.engine.parallel import Exchange
+from zo_lightning.engine.residency import Offload, Offloaded
 from zo_lightning.engine.undo import nothing, undoing
 from zo_lightning.strategy.data_order import DataOrder
 from zo_lightning.strategy.events import Events
 from zo_lightning.strategy.host_optimizer import HostOptimizer
-from zo_lightning.strategy.knobs import check_run, disable_checkpointing, say_idle
+from zo_lightning.strategy.knobs import check_run, disable_checkpointing, say_idle, tell_device
 from zo_lightning.strategy.namespace import Bindable
 from zo_lightning.strategy.quiet import quiet, rerun, world
 from zo_lightning.strategy.resume import loses_nothing, resume_by_itself
@@ -76,11 +77,33 @@ class ForwardOnly(Bindable):
                 "with parameter groups where their lr or weight_decay differ."
             ) from error
 
-    def _zo_build(self, trainer: Any) -> None:
-        module, ns = self.lightning_module, self.namespace
+    def model_to_device(self) -> None:
+        """Lightning's, unless weights are streamed to the device: the engine then brings the rest of the model."""
+        engine, fitting = self.zo_optimizer, self._zo_trainer.state.fn == "fit"
+        streamed = isinstance(self._zo_configured(self._zo_trainer).weights, Offload) and (fitting or engine is not None)
+        if not streamed:
+            super().model_to_device()  # type: ignore[safe-super]  # upstream: the bound class has one
+            return
+        if self.world_size > 1 and self.root_device.type != "cpu":
+            raise self.namespace.misconfiguration(
+                f"Weights are streamed to one device so far, and the Trainer has {self.world_size}. Use Trainer(devices=1)."
+            )
+        tell_device(self.lightning_module, self.root_device)
+        if engine is not None and isinstance(engine.residency, Offloaded):
+            engine.residency.bring_rest()  # Lightning took it back to the CPU after the run before
+
+    def _zo_configured(self, trainer: Any) -> EngineOptions:
+        """The options with what callbacks make of them."""
         options = self._zo_options
         for callback in zo_callbacks(trainer.callbacks):
             options = callback.configure(options)
+        if isinstance(options.weights, Offload) and options.weights.device is None:
+            options = replace(options, weights=replace(options.weights, device=str(self.root_device)))
+        return options
+
+    def _zo_build(self, trainer: Any) -> None:
+        module, ns = self.lightning_module, self.namespace
+        options = self._zo_configured(trainer)
         options = replace(options, seed=self.broadcast(options.seed))
         if getattr(module, "_compiler_ctx", None) is not None and options.weights in ("auto", "exact"):
             if options.weights == "exact":

@@ -66,3 +66,11 @@ def disable_checkpointing(module: nn.Module, say: Say) -> None:
                     getattr(part, f"{name}_disable")()
                     say("lightning.checkpointing", f"{name} is switched off: without a backward pass no activations are kept.")
                 break
+
+
+def tell_device(module: Any, device: Any) -> None:
+    """`module.device`, which Lightning sets where it moves the module as a whole."""
+    mixin: Any = next(kind for kind in type(module).__mro__ if kind.__name__ == "_DeviceDtypeModuleMixin")
+    for part in module.modules():
+        if isinstance(part, mixin):
+            part._device = device

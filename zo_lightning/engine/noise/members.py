@@ -32,6 +32,10 @@ class Members(ABC):
     def at(self, index: Tensor, base: Tensor) -> Tensor:
         """m[index], for an int64 tensor of any shape; `base` has the unperturbed values at `index`."""
 
+    def to(self, device: torch.device) -> Members:
+        """The same mask for a tensor on `device`."""
+        return self
+
     @classmethod
     def together(cls, members: Sequence[Members], values: Sequence[Tensor]) -> Tensor:
         """The masks of several small one-dimensional tensors, all of this class, concatenated."""
@@ -144,6 +148,9 @@ class Bits(Members):
 
     words: Tensor
 
+    def to(self, device: torch.device) -> Bits:
+        return self if self.words.device == device else Bits(self.words.to(device))
+
     @staticmethod
     def of(keep: Tensor) -> Bits:
         """From a bool tensor."""
@@ -185,6 +192,9 @@ class Listed(Members):
     """The elements of a sorted int64 or int32 tensor `index`: what costs time is only what is trained."""
 
     index: Tensor
+
+    def to(self, device: torch.device) -> Listed:
+        return self if self.index.device == device else Listed(self.index.to(device))
 
     def keep(self, base: Tensor, start: int) -> Tensor:
         keep = torch.zeros(base.numel(), dtype=torch.bool, device=base.device)

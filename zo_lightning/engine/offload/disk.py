@@ -17,6 +17,7 @@ from torch import Tensor
 from zo_lightning.engine.offload.mapped import PAGE, Mapped, forget
 from zo_lightning.engine.offload.parcels import Parcel
 from zo_lightning.engine.offload.sources import Source, source_of
+from zo_lightning.engine.offload.tiers import Tier
 
 try:
     import fcntl
@@ -53,7 +54,7 @@ def checksum(memory: Tensor) -> str:
     return f"{total % 2**64:016x}{weighted % 2**64:016x}"
 
 
-class DiskTier:
+class DiskTier(Tier):
     """Parcels in files of a folder, which is a temporary one where it is None. OSError where they can't be made.
 
     There is room for all parcels and, of each size, one more. What comes from safetensors files stays there until it is first written.
@@ -93,9 +94,12 @@ class DiskTier:
         if len(sources) == len(tensors):
             self._sources[parcel], self._homes[parcel] = sources, tensors
             return
-        for draft, tensor in zip(self.draft(parcel), tensors, strict=True):
-            draft.copy_(tensor)
-        self.commit(parcel, 0)
+        self.write(parcel, tensors, 0)
+
+    def write(self, parcel: Parcel, places: Sequence[Tensor], step: int) -> None:
+        for draft, place in zip(self.draft(parcel), places, strict=True):
+            draft.copy_(place)
+        self.commit(parcel, step)
 
     def home(self, parcel: Parcel) -> list[Tensor]:
         """The tensors as they are in the file: to be read and written anywhere, at addresses that stay after the first `commit`."""

@@ -6,11 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+import torch
 from torch import Tensor, nn
 
 from zo_lightning.engine.estimators import Displacement
 from zo_lightning.engine.masks.state import Masks
 from zo_lightning.engine.noise import Change, Item, Noise, sweep
+from zo_lightning.engine.noise.members import Members
 from zo_lightning.engine.parameters import Trained
 from zo_lightning.engine.residency.masters import Masters
 from zo_lightning.engine.signals import held
@@ -57,13 +59,22 @@ class Residency(ABC):
             items = []
             for p in self.masters.instead_of(moving):
                 weights = p.tensor.detach()
-                items.append(Item(weights, weights, p.key, *change.steps[p.group], mask=self.masks.of(p.key)))
+                items.append(Item(weights, weights, p.key, *change.steps[p.group], mask=self.mask_of(p)))
             sweep(items, change.seeds, self.noise, rounding=change.rounding)
             self.masters.write_back()
 
     def moving(self, parameters: Sequence[Trained]) -> list[Trained]:
         """Those of which the mask trains anything."""
         return [p for p in parameters if self.masks.trains(p.key)]
+
+    def mask_of(self, p: Trained) -> Members | None:
+        """The mask of a parameter, where the parameter is now; None where all of it is trained."""
+        mask = self.masks.of(p.key)
+        return None if mask is None else mask.to(p.tensor.device)
+
+    def devices(self) -> set[torch.device]:
+        """Those that forward passes use."""
+        return {p.tensor.device for p in self.trained}
 
     def steady(self) -> list[Trained]:
         """Those to which updates are made at once."""
@@ -113,6 +124,6 @@ class Residency(ABC):
     ) -> list[Item]:
         """Items that write theta + sum_j m_j eps z(s_j) into `outs`, into some rows of them where `rows` is given."""
         return [
-            Item(out, p.tensor.detach(), p.key, 1.0, tuple(multiple * eps[p.group] for _, multiple in point), rows, self.masks.of(p.key))
+            Item(out, p.tensor.detach(), p.key, 1.0, tuple(multiple * eps[p.group] for _, multiple in point), rows, self.mask_of(p))
             for p, out in zip(parameters, outs, strict=True)
         ]

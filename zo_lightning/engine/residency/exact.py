@@ -40,6 +40,7 @@ class Exact(OnScratch):
         super().__init__(module, trained, noise)
         self._root: nn.Module = module
         self._blocks = list(blocks)
+        self._watch: ReadWatch | None = None
         self._begin()
 
     def _begin(self) -> None:
@@ -49,7 +50,7 @@ class Exact(OnScratch):
 
     def _arrange(self) -> None:
         self._vectors = vectors_of(self.units)
-        self._scratch = Scratch(together(self.units, without=self._vectors))
+        self._scratch = Scratch(together(self.units, without=self._vectors), self.device)
         modules = {unit: unit.module for unit in self.units if unit.module is not None}
         self._tree = Tree(self._root, list(modules.values()))
         leave = torch.compiler.disable(self._leave)  # a compiled version that the optimizer was not given calls hooks between its graphs
@@ -65,19 +66,34 @@ class Exact(OnScratch):
 
     @contextmanager
     def probe(self) -> Iterator[None]:
-        watch = ReadWatch(hookable(self._root), self.trained, lambda p: self._settled or id(p) in self._lane.away)
+        watch = self._watch = ReadWatch(hookable(self._root), self._watched(), self._may_read, self.device)
         before = self._modes()
-        with uncompiled(self.trained), self.session(), self._displaced(None, ()), watch:
-            yield
+        try:
+            with uncompiled(self.trained), self.session(), self._displaced(None, ()), watch:
+                yield
+        finally:
+            self._watch = None
         entered, old = set(self._lane.entries), self.units
         moved = watch.missed
         if moved:
             if self._paths.watched:
                 names = ", ".join(p.name for p in moved)
                 say_once("exact.moved", f'weights="exact": {names} began to be read by another module after the first step; {_LATE}')
-            self.units = cover(self.units, moved)
-            self._arrange()
+            self._cover(moved)
         self._paths.watch(entered | (set(self.units) - set(old)), set(self.units) - entered, {before, self._modes()})
+
+    def _watched(self) -> list[Trained]:
+        """The weights whose readers must be known."""
+        return self.trained
+
+    def _may_read(self, p: Trained) -> bool:
+        """Whether a weight may be read just now."""
+        return self._settled or id(p) in self._lane.away
+
+    def _cover(self, missed: dict[Trained, nn.Module | None]) -> None:
+        """From now on each weight is on scratch while the module runs that it was read under."""
+        self.units = cover(self.units, missed)
+        self._arrange()
 
     @contextmanager
     def session(self) -> Iterator[None]:

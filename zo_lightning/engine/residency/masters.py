@@ -42,9 +42,9 @@ class Masters:
             if has_master(p.tensor) and p.tensor.numel():
                 groups.setdefault((p.tensor.device, p.tensor.dtype), []).append(p)
         masters: dict[int, Tensor] = {}
-        for (_, dtype), vectors in groups.items():
+        for (device, dtype), vectors in groups.items():
             now = torch.cat([p.tensor.detach().reshape(-1) for p in vectors])
-            flat = torch.cat([self._kept.get(p.key, p.tensor.detach().float()).reshape(-1) for p in vectors])
+            flat = torch.cat([self._kept.get(p.key, p.tensor.detach().float()).to(device).reshape(-1) for p in vectors])
             flat = torch.where(flat.to(dtype) == now, flat, now.float())
             for p, part in zip(vectors, flat.split([p.tensor.numel() for p in vectors]), strict=True):
                 masters[p.key] = part.view(p.tensor.shape)
@@ -60,7 +60,7 @@ class Masters:
     def cover(self, trained: Sequence[Trained], whole: bool = False) -> bool:
         """Whether every 16-bit vector has a master of its own value; `whole`: those without one never moved, and need none."""
         return all(
-            torch.equal(self._kept[p.key].to(p.tensor.dtype), p.tensor.detach()) if p.key in self._kept else whole
+            torch.equal(self._kept[p.key].to(p.tensor.device, p.tensor.dtype), p.tensor.detach()) if p.key in self._kept else whole
             for p in trained
             if has_master(p.tensor) and p.tensor.numel()
         )

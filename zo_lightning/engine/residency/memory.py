@@ -19,13 +19,15 @@ _ALIGN = 64
 class Scratch:
     """Memory that is used again and again: a stack for units that run one after another or one inside another, and buffers beside it.
 
-    The stack is as large as the largest of `together`, weights that are on scratch at the same time.
+    The stack is as large as the largest of `together`, weights that are on scratch at the same time. It is on `device`; None: where the
+    weights are.
     """
 
-    def __init__(self, together: Iterable[Sequence[Trained]] = ()) -> None:
+    def __init__(self, together: Iterable[Sequence[Trained]] = (), device: torch.device | None = None) -> None:
+        self._device = device
         self._limit: dict[Place, int] = {}
         for parameters in together:
-            for place, wanted in _sizes(parameters).items():
+            for place, wanted in self._sizes(parameters).items():
                 self._limit[place] = max(self._limit.get(place, 0), wanted)
         self._stack: dict[Place, Tensor] = {}
         self._top: Counter[Place] = Counter()
@@ -34,11 +36,11 @@ class Scratch:
 
     def take(self, parameters: Sequence[Trained], beside: bool = False) -> tuple[list[Tensor], Callable[[], None]]:
         """Uninitialised tensors like `parameters`, on the stack or `beside` it, and what gives their memory back."""
-        parts = {place: self._reserve(place, wanted, beside) for place, wanted in _sizes(parameters).items()}
+        parts = {place: self._reserve(place, wanted, beside) for place, wanted in self._sizes(parameters).items()}
         at = {place: begin for place, (_, begin, _) in parts.items()}
         outs = []
         for p in parameters:
-            place = (p.tensor.device, p.tensor.dtype)
+            place = self._place(p)
             outs.append(like(p.tensor, parts[place][0][at[place] : at[place] + p.tensor.numel()]))
             at[place] += _rounded(p.tensor)
 
@@ -70,6 +72,15 @@ class Scratch:
 
         return self._stack[place], begin, release
 
+    def _place(self, p: Trained) -> Place:
+        return (self._device or p.tensor.device, p.tensor.dtype)
+
+    def _sizes(self, parameters: Sequence[Trained]) -> dict[Place, int]:
+        sizes: dict[Place, int] = {}
+        for p in parameters:
+            sizes[self._place(p)] = sizes.get(self._place(p), 0) + _rounded(p.tensor)
+        return sizes
+
     def nbytes(self) -> int:
         """The memory of the stack and of the buffers beside it, where nothing is taken."""
         beside = [buffer for free in self._free.values() for buffer in free]
@@ -79,14 +90,6 @@ class Scratch:
 def _rounded(tensor: Tensor) -> int:
     per_line = max(1, _ALIGN // tensor.element_size())
     return -(-tensor.numel() // per_line) * per_line
-
-
-def _sizes(parameters: Sequence[Trained]) -> dict[Place, int]:
-    sizes: dict[Place, int] = {}
-    for p in parameters:
-        place = (p.tensor.device, p.tensor.dtype)
-        sizes[place] = sizes.get(place, 0) + _rounded(p.tensor)
-    return sizes
 
 
 def dense(tensor: Tensor) -> bool:

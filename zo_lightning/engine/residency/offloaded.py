@@ -1,26 +1,26 @@
-"""weights=Offload(): "exact" whose base weights live in files; a block is in memory while it runs, and its update is made on its way."""
+"""weights=Offload(): "exact" whose base weights live elsewhere; a block is where it is computed while it runs, updated on its way."""
 
 from __future__ import annotations
 
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 
 from zo_lightning.engine.baton import Baton
 from zo_lightning.engine.estimators import Displacement
-from zo_lightning.engine.masks.state import Masks
-from zo_lightning.engine.noise import Change, Item, Noise, sweep
-from zo_lightning.engine.noise.changes import apply_changes
+from zo_lightning.engine.noise import Change, Noise, sweep
 from zo_lightning.engine.noise.members import Listed
-from zo_lightning.engine.offload import DiskTier, Parcel, parcels_of
+from zo_lightning.engine.offload import Offload, Parcel, Place, Traffic, parcels_of
+from zo_lightning.engine.offload.due import Due
+from zo_lightning.engine.offload.hooks import Hook
 from zo_lightning.engine.offload.parcels import FROZEN
 from zo_lightning.engine.parameters import Trained, names_of
 from zo_lightning.engine.residency.base import Residency
@@ -31,100 +31,46 @@ from zo_lightning.engine.residency.swap import Swap
 from zo_lightning.engine.residency.units import Unit, compiled_part
 from zo_lightning.engine.signals import held
 
+__all__ = ["Offload", "Offloaded", "Traffic"]
+
 _CALL = nn.Module._call_impl.__code__
 
 Holders = dict[nn.Module | None, list[Parcel]]
 """The parcels that a module uses; under None those that no module owns."""
 
+_OWNERS: WeakKeyDictionary[nn.Module, ref[Offloaded]] = WeakKeyDictionary()
+"""Who has the weights of a module; another optimizer takes them over with all updates."""
 
-@dataclass(frozen=True)
-class Offload:
-    """Where weights live that do not fit where they are computed with, for `weights=`.
-
-    Args:
-        folder: of the files; None makes a temporary one, which is removed in the end.
-        lockstep: True: the evaluations of a step take turns at the borders of blocks, on threads, so that a block is read once for all of
-            them; False: one after another. None: in lockstep where each is sure to compute what it computes alone, which is said.
-    """
-
-    folder: str | None = None
-    lockstep: bool | None = None
-
-
-class Due:
-    """A change that a parcel still lacks, with the masks it was made for."""
-
-    def __init__(self, change: Change, masks: Masks, step: int) -> None:
-        self.change, self.masks, self.step = change, masks.chosen, step
-
-    def moves(self, p: Trained) -> bool:
-        """Whether it changes anything of a tensor."""
-        if p.group == FROZEN or not Masks.fixed(self.masks).trains(p.key):
-            return False
-        decay, coefficients = self.change.steps[p.group]
-        return decay != 1.0 or any(coefficients)
-
-    def make(self, weights: Sequence[Trained], noise: Noise) -> None:
-        """Make it, in place."""
-        moving, masks = [p for p in weights if self.moves(p)], Masks.fixed(self.masks)
-        apply_changes(moving, [self.change], noise, {p.key: mask for p in moving if (mask := masks.of(p.key)) is not None})
-
-
-class _Hook:
-    """A hook of a module; copies of the module, which have their weights in memory, have none."""
-
-    def __init__(self, call: Callable[..., None]) -> None:
-        self.call = call
-
-    def __call__(self, *args: Any) -> None:
-        self.call(*args)
-
-    def __reduce__(self) -> Any:
-        return _no_hook, ()
-
-
-def _no_hook() -> Callable[..., None]:
-    return _nothing
-
-
-def _nothing(*args: Any) -> None:
-    """The hook of a copy."""
-
-
-@dataclass
-class Traffic:
-    """What was moved since the run began: bytes of parcels that were used and written, seconds that their use waited for the disk."""
-
-    read: int = 0
-    written: int = 0
-    waited: float = 0.0
+AHEAD = 4
+"""How many parcels are announced; how many of them are fetched ahead is for their place to say."""
 
 
 class Offloaded(Exact):
-    """Parameters are memory-mapped files, all the time: whoever reads them (a state dict, a fingerprint) finds base weights.
+    """Between uses, parameters are where their parcels are at rest, in mapped files or CPU memory: whoever reads them finds base weights.
 
-    A block's pages are in memory while it runs; those of the next one are read ahead by the system. What a step changes is made when a
-    block is used the next time: out of place, from its slot into a free one, so that a kill at any moment leaves what is valid.
-    `settled()`, and everything that saves, loads or compares weights, makes all changes that are due. Vectors and adapters stay in memory.
+    While a block runs, its parcels are used: their pages are in memory, or they are in buffers of the device that computes, and what
+    follows is fetched meanwhile. What a step changes is made when a parcel is used the next time. `settled()`, and everything that saves,
+    loads or compares weights, makes all changes that are due. Vectors and adapters stay on the device that computes, as do buffers.
 
     Its steps are those of "exact" in every bit, and it has the same name in the step log: either goes on with the other's run.
     """
 
+    device: torch.device
     keep_after = 1 << 62  # scratch of every unit would be the whole model
 
     def __init__(
         self, module: nn.Module, trained: Sequence[Trained], noise: Noise, offload: Offload, before: Residency | None = None
     ) -> None:
-        """`before` had other tensors to train: its files are kept where the weights are still there."""
+        """`before` had other tensors to train: its parcels are kept where the weights are still there."""
         _check(module)
-        self.traffic = Traffic()
-        self._steps = 0
+        self.device = offload.device_of(module)
         self._users: Counter[Parcel] = Counter()
-        self._due: dict[Parcel, list[Due]] = {}
-        self._buffers: dict[Parcel, Tensor] = {}
-        self._free: dict[int, list[Tensor]] = {}
+        self._lent: dict[Parcel, list[Trained]] = {}
+        """The tensors that are in a buffer now."""
+        self._homes: dict[Parcel, list[Tensor]] = {}
         self._places: dict[int, int] = {}
         """By id of a parameter the address where it is while nobody uses it."""
+        self._steps = 0
         self._follows: dict[tuple[Parcel | None, Parcel], Parcel] = {}
         self._last: tuple[Parcel | None, Parcel | None] = (None, None)
         self._running: dict[int, OpenModules] = {}
@@ -135,42 +81,67 @@ class Offloaded(Exact):
         self._border = 0
         self.lockstep = offload.lockstep
         super().__init__(module, trained, noise)
-        kept = before if isinstance(before, Offloaded) and before._holds_all() else None
+        kept = before if isinstance(before, Offloaded) and before.device == self.device and before._holds_all() else None
         self._holders: Holders = parcels_of(module, self.trained, names_of(module)) if kept is None else kept._holders
         self._parcels = list(dict.fromkeys(parcel for parcels in self._holders.values() for parcel in parcels))
         if not self._parcels:
-            raise ValueError("weights=Offload(): the model has no matrices, which are what is kept in files. Use weights='exact'.")
+            raise ValueError("weights=Offload(): the model has no matrices, which are what is kept elsewhere. Use weights='exact'.")
         with held(), _without_modes(), torch.inference_mode(False), torch.no_grad():
             if kept is not None:
-                self._tier: DiskTier = kept._tier
-                self.traffic, self._steps = kept.traffic, kept._steps
+                self._place: Place = kept._place
+                self._steps = kept._steps
                 for parcel in self._parcels:
                     parcel.renew(self.trained)
             else:
-                if isinstance(before, Offloaded):
-                    before._tier.close()
-                self._tier = DiskTier(offload.folder, self._parcels)
+                for other in {_OWNERS[module]() for module in self._root.modules() if module in _OWNERS}:
+                    if other is not None:
+                        other.close()
+                        other._place.tier.close()
+                self._place = offload.place(self._parcels, self.device)
+            self._due = self._place.due
             for parcel in self._parcels:
                 self._move_in(parcel)
-        self._of = {id(p): parcel for parcel in self._parcels for p in parcel.tensors}
-        self._hooks_of_base = self._hook()
+            self._of = {id(p): parcel for parcel in self._parcels for p in parcel.tensors}
+            self.bring_rest()
+        self._hooks_of_base: list[Any] = []
+        self._hook()
+        _OWNERS.update((module, ref(self)) for module in self._holders if module is not None)
+
+    @property
+    def traffic(self) -> Traffic:
+        """What was moved since the run began."""
+        return self._place.traffic
+
+    def bring_rest(self) -> None:
+        """All of the model that is in no parcel is on the device from now on: vectors, adapters, buffers."""
+        here = {id(alias) for parcel in self._parcels for p in parcel.tensors for alias in p.aliases}
+        rest = [p for p in self.trained if id(p) not in self._of]
+        elsewhere = [t for t in [*self._root.parameters(), *self._root.buffers(), *(p.tensor for p in rest)] if t.device != self.device]
+        if any(id(t) not in here and not t.is_meta for t in elsewhere):
+            self._root._apply(lambda t: t if id(t) in here or t.is_meta else t.to(self.device))
+            for p in rest:  # ties between parameters, and what belongs to no module
+                _point(p, [p.tensor.detach().to(self.device)] * len(p.aliases))
+
+    def devices(self) -> set[torch.device]:
+        return super().devices() | {self.device}
 
     def _holds_all(self) -> bool:
         """Whether all parameters are still where they were put."""
         return all(self.keeps(alias) for parcel in self._parcels for p in parcel.tensors for alias in p.aliases)
 
-    def _hook(self) -> list[Any]:
+    def _hook(self) -> None:
         """Modules use their weights wherever they run, and nobody saves weights that lack an update."""
-        hooks: list[Any] = []
         for module, parcels in self._holders.items():
-            if module is not None:
-                enter, leave = (_Hook(torch.compiler.disable(call)) for call in (self._entering(parcels), self._leaving))
-                hooks.append(module.register_forward_pre_hook(enter, prepend=True))
-                hooks.append(module.register_forward_hook(leave, always_call=True))
+            self._hook_user(module, parcels)
         for module in self._root.modules():
-            hooks.append(module.register_state_dict_pre_hook(_Hook(self._before_states)))
-            hooks.append(module.register_load_state_dict_pre_hook(_Hook(self._before_states)))
-        return hooks
+            self._hooks_of_base.append(module.register_state_dict_pre_hook(Hook(self._before_states)))
+            self._hooks_of_base.append(module.register_load_state_dict_pre_hook(Hook(self._before_states)))
+
+    def _hook_user(self, module: nn.Module | None, parcels: Sequence[Parcel]) -> None:
+        if module is not None:
+            enter, leave = (Hook(torch.compiler.disable(call)) for call in (self._entering(parcels), self._leaving))
+            self._hooks_of_base.append(module.register_forward_pre_hook(enter, prepend=True))
+            self._hooks_of_base.append(module.register_forward_hook(leave, always_call=True))
 
     def _before_states(self, *args: Any) -> None:
         """What is loaded is not changed by updates of before, and what is saved has them all."""
@@ -183,9 +154,16 @@ class Offloaded(Exact):
         return tensor.data_ptr() == self._places.get(id(tensor))
 
     def _move_in(self, parcel: Parcel) -> None:
-        for p, home in zip(parcel.tensors, self._tier.home(parcel), strict=True):
+        """Parameters are at home, wherever that is now."""
+        self._homes[parcel] = self._place.tier.home(parcel)
+        for p, home in zip(parcel.tensors, self._homes[parcel], strict=True):
             _point(p, [home] * len(p.aliases))
             self._places.update((id(alias), home.data_ptr()) for alias in p.aliases)
+
+    def _follow(self, parcel: Parcel) -> None:
+        """The first update of what was in the files of others goes to a place of its own."""
+        if self._place.tier.home(parcel) is not self._homes[parcel]:
+            self._move_in(parcel)
 
     # ---- forward passes
 
@@ -219,7 +197,7 @@ class Offloaded(Exact):
             if baton.runs():
                 self._border = baton.border()
 
-        before = _Hook(torch.compiler.disable(border))
+        before = Hook(torch.compiler.disable(border))
         with self._turns.turn(), ExitStack() as hooks:
             hooks.callback(self._end_waiting)
             for module in self._holders:
@@ -269,57 +247,94 @@ class Offloaded(Exact):
         self._users[parcel] += 1
         if self._users[parcel] > 1:
             return
+        late = parcel in self._due
         try:
-            self._bring_up(parcel)
-            began = time.perf_counter()
-            self._tier.fetch(parcel)
-            self.traffic.waited += time.perf_counter() - began
-            self.traffic.read += parcel.nbytes
-            self._look_ahead(parcel)
-            watched = self._lane.point is not None and self._lane.point[0] is None  # views that modules hand out must stay what they are
-            if not self._tier.moved_in(parcel) and not watched:
-                self._copy(parcel)
+            views = self._place.begin(parcel, self.noise, self._watch is not None)
         except BaseException:
             self._users[parcel] -= 1
             raise
+        try:
+            if late:  # also where somebody put a parameter elsewhere who did not know of the update
+                self._move_in(parcel)
+            if views is not self._homes[parcel]:
+                self._show(parcel, views)
+            self._look_ahead(parcel)
+        except BaseException:
+            self._end_use(parcel)
+            raise
 
-    def _copy(self, parcel: Parcel) -> None:
-        """Matrix kernels may round differently on memory that is not aligned, as tensors in safetensors files are not."""
-        free = self._free.setdefault(parcel.nbytes, [])
-        memory = free.pop() if free else torch.empty(parcel.nbytes, dtype=torch.uint8)
-        views = parcel.views(lambda begin, end: memory[begin:end])
-        for p, home, view in zip(parcel.tensors, self._tier.home(parcel), views, strict=True):
-            _point(p, [view.copy_(home)] * len(p.aliases))
-        self._tier.forget(parcel)
-        self._buffers[parcel] = memory
+    def _show(self, parcel: Parcel, views: Sequence[Tensor]) -> None:
+        """Parameters are in a buffer; not those that were replaced since, nor any where the whole model was moved to another device."""
+        shown = self._lent[parcel] = []
+        for p, view in zip(parcel.tensors, views, strict=True):
+            if self.keeps(p.tensor) and not self._moved_away():
+                _point(p, [view] * len(p.aliases))
+                shown.append(p)
+                if self._watch is not None:
+                    self._watch.placed(p, view)
+
+    def _moved_away(self) -> bool:
+        """Whether somebody took the model from the device, as Lightning does after a run; then it computes where it is."""
+        rest = next((p.tensor for p in self.trained if id(p) not in self._of), None)
+        rest = next(self._root.buffers(), None) if rest is None else rest
+        return rest is not None and rest.device != self.device
 
     def _end_use(self, parcel: Parcel) -> None:
         with held(), self._turns.turn(), _without_modes(), torch.inference_mode(False):
             self._users[parcel] -= 1
             if self._users[parcel]:
                 return
-            memory = self._buffers.pop(parcel, None)
-            if memory is not None:
-                self._free[parcel.nbytes].append(memory)
-                self._move_in(parcel)
-            self._tier.forget(parcel)
+            homes = {id(p): home for p, home in zip(parcel.tensors, self._homes[parcel], strict=True)}
+            for p in self._lent.pop(parcel, ()):
+                _point(p, [homes[id(p)]] * len(p.aliases))
+            self._place.end(parcel)
+            self._follow(parcel)
 
     def _look_ahead(self, parcel: Parcel) -> None:
         """Announce what came next the last time that these two came one after the other."""
         before, last = self._last
         if last is not None:
             self._follows[before, last] = parcel
-        self._last = (last, parcel)
-        following = self._follows.get((last, parcel))
-        if following is not None and not self._users[following]:
-            self._tier.announce(following)
+        self._last = pair = (last, parcel)
+        chain: list[Parcel] = []
+        while len(chain) < AHEAD and (following := self._follows.get(pair)) is not None and following not in chain:
+            chain.append(following)
+            pair = (pair[1], following)
+        if self._watch is None:
+            self._place.announce([following for following in chain if not self._users[following]])
+
+    # ---- what reads weights of others
+
+    def _watched(self) -> list[Trained]:
+        return [*self.trained, *(p for parcel in self._parcels for p in parcel.tensors if p.group == FROZEN)]
+
+    def _may_read(self, p: Trained) -> bool:
+        return super()._may_read(p) or (p.group == FROZEN and self._users[self._of[id(p)]] > 0)
+
+    def _cover(self, missed: dict[Trained, nn.Module | None]) -> None:
+        """Those who read weights of others use them from now on, in every forward pass."""
+        super()._cover({p: module for p, module in missed.items() if p.group != FROZEN})
+        for p, module in missed.items():
+            parcel = self._of.get(id(p))
+            if parcel is None:
+                continue
+            if module not in self._holders:
+                self._holders[module] = []
+                self._hook_user(module, self._holders[module])
+            if parcel not in self._holders[module]:
+                self._holders[module].append(parcel)
+
+    @contextmanager
+    def _displaced(self, point: Displacement | None, eps: Sequence[float]) -> Iterator[None]:
+        with self._used(self._holders.get(None, ())), super()._displaced(point, eps):
+            yield
 
     def _on_scratch(
         self, unit: Unit, point: Displacement | None, eps: Sequence[float], rows: Tensor | None = None
     ) -> AbstractContextManager[None]:
         shown = super()._on_scratch(unit, point, eps, rows)
         here = [p for p in unit.parameters if id(p) in self._of and id(p) not in self._lane.away]
-        listed = [(p, mask) for p in here if isinstance(mask := self.masks.of(p.key), Listed)]
+        listed = [(p, mask) for p in here if isinstance(mask := self.mask_of(p), Listed)]
         return shown if point is None or not listed else self._with_lists(shown, listed, point, eps)
 
     @contextmanager
@@ -363,33 +378,6 @@ class Offloaded(Exact):
             if any(due.moves(p) for p in parcel.tensors):
                 self._due.setdefault(parcel, []).append(due)
 
-    def _bring_up(self, parcel: Parcel) -> None:
-        """Make the changes that are due: the first on the way to a free slot, others there."""
-        due = self._due.pop(parcel, None)
-        if due is None:
-            return
-        try:
-            first, homes, drafts = due[0], self._tier.home(parcel), self._tier.draft(parcel)
-            masks = Masks.fixed(first.masks)
-            weights = [replace(p, tensor=draft) for p, draft in zip(parcel.tensors, drafts, strict=True)]
-            on_the_way = [first.moves(p) and not isinstance(masks.of(p.key), Listed) for p in weights]
-            items = []
-            for p, home, there in zip(weights, homes, on_the_way, strict=True):
-                if there:
-                    items.append(Item(p.tensor, home, p.key, *first.change.steps[p.group], mask=masks.of(p.key)))
-                else:
-                    p.tensor.copy_(home)
-            sweep(items, first.change.seeds, self.noise, rounding=first.change.rounding)
-            first.make([p for p, there in zip(weights, on_the_way, strict=True) if not there], self.noise)
-            for one in due[1:]:
-                one.make(weights, self.noise)
-            self._tier.commit(parcel, due[-1].step)
-        except BaseException:
-            self._due[parcel] = due
-            raise
-        self.traffic.written += parcel.nbytes
-        self._move_in(parcel)
-
     def flush(self) -> None:
         """Make all changes that are due. OSError where they can't be written."""
         with self._turns.turn():
@@ -397,6 +385,11 @@ class Offloaded(Exact):
                 if parcel in self._due:
                     with self._used([parcel]):
                         pass
+            self._place.settle()
+            with _without_modes(), torch.inference_mode(False):
+                for parcel in self._parcels:
+                    if not self._users[parcel]:
+                        self._follow(parcel)
 
     @contextmanager
     def settled(self) -> Iterator[None]:
@@ -407,7 +400,7 @@ class Offloaded(Exact):
             finally:
                 for parcel in self._parcels:
                     if not self._users[parcel]:
-                        self._tier.forget(parcel)
+                        self._place.tier.forget(parcel)
 
     def close(self) -> None:
         self.flush()
@@ -427,11 +420,6 @@ def _runs_no_more(thread: int) -> Callable[[nn.Module], bool]:
 
 
 def _check(module: nn.Module) -> None:
-    if sys.platform != "linux":
-        raise ValueError(f"weights=Offload() streams from files on Linux so far; this is {sys.platform}. Use weights='exact'.")
     compiled = compiled_part(module)
     if compiled is not None:
         raise ValueError(f"weights=Offload() works through hooks, which a compiled module ({compiled}) never runs. Do not compile it.")
-    elsewhere = next((p.device for p in module.parameters() if p.device.type != "cpu"), None)
-    if elsewhere is not None:
-        raise ValueError(f"weights=Offload() streams from files to the CPU so far; this model is on {elsewhere}. Keep it on the CPU.")

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes, _len_torch_dispatch_stack
 
@@ -23,6 +24,9 @@ from zo_lightning.engine.signals import held
 
 class OnScratch(Residency):
     """Points weights at scratch memory and back."""
+
+    device: torch.device | None = None
+    """Where weights are while forward passes run; None: where they lie."""
 
     def __init__(self, module: nn.Module | None, trained: Sequence[Trained], noise: Noise) -> None:
         super().__init__(module, trained, noise)
@@ -103,7 +107,7 @@ class OnScratch(Residency):
         """Inside it, listed elements are displaced in the weights themselves, wherever these are read; in a session they stay so until the
         next point.
         """
-        listed = [(p, mask) for p in self.steady() if isinstance(mask := self.masks.of(p.key), Listed)] if point else []
+        listed = [(p, mask) for p in self.steady() if isinstance(mask := self.mask_of(p), Listed)] if point else []
         if not listed or not point:
             self._go_home()
             yield

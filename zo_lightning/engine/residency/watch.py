@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from zo_lightning.engine.noise.compiling import available
 from zo_lightning.engine.noise.sweep import SMALL
@@ -20,10 +22,20 @@ class ReadWatch(TorchDispatchMode):
     """Notes every operation that reads the memory of a weight while its unit is not running, and which of `modules` are at that moment.
 
     `expected` says whether a weight may be read now. A view that a unit hands out and others read later counts as a read of the weight.
+    What is read unexpectedly where it lies, and not on the `device` that computes, is read from a copy there.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], trained: Sequence[Trained], expected: Callable[[Trained], bool]) -> None:
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        trained: Sequence[Trained],
+        expected: Callable[[Trained], bool],
+        device: torch.device | None = None,
+    ) -> None:
         super().__init__()
+        self._device = device
+        self._lent: dict[int, tuple[StorageWeakRef, list[tuple[int, int, Trained]]]] = {}
+        """By identity, which the weak reference keeps from being used again; addresses are."""
         self._expected = expected
         self._modules = modules
         self._storages: dict[int, list[tuple[int, int, Trained]]] = {}
@@ -58,21 +70,29 @@ class ReadWatch(TorchDispatchMode):
             pass
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        for value in torch.utils._pytree.tree_leaves((args, kwargs)):
-            if isinstance(value, Tensor):
-                self._read(value)
+        args, kwargs = tree_map_only(Tensor, self._read, (args, kwargs or {}))
         return func(*args, **kwargs)
 
-    def _read(self, tensor: Tensor) -> None:
+    def placed(self, parameter: Trained, tensor: Tensor) -> None:
+        """The weight is here for now."""
+        ref = StorageWeakRef(tensor.untyped_storage())
+        self._lent.setdefault(ref.cdata, (ref, []))[1].append((tensor.data_ptr(), _end(tensor), parameter))
+
+    def _read(self, tensor: Tensor) -> Tensor:
+        """What is read in its place."""
         if tensor.layout != torch.strided or tensor.is_meta or not tensor.numel():
-            return
-        for begin, end, parameter in self._storages.get(tensor.untyped_storage().data_ptr(), ()):
+            return tensor
+        storage = tensor.untyped_storage()
+        _, lent = self._lent.get(storage._cdata, (None, ()))
+        unexpected = False
+        for begin, end, parameter in [*self._storages.get(storage.data_ptr(), ()), *lent]:
             if begin < _end(tensor) and tensor.data_ptr() < end and not self._expected(parameter):
                 ids = {id(alias) for alias in parameter.aliases}
                 owners = [m for m in self._running if any(id(w) in ids for w in m.parameters())]
                 before = self._readers.get(parameter, owners)
                 self._readers[parameter] = [m for m, other in zip(before, owners, strict=False) if m is other]
+                unexpected = True
+        return tensor if not unexpected or self._device is None else tensor.to(self._device)
 
 
 def _end(tensor: Tensor) -> int:

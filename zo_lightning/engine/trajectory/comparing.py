@@ -26,7 +26,7 @@ def describe(optimizer: ZOOptimizer, fingerprint: str, frozen: str, base: str | 
     from zo_lightning import __version__
 
     residency = optimizer.residency
-    device = residency.trained[0].tensor.device
+    device = next((one for one in residency.devices() if one.type != "cpu"), torch.device("cpu"))
     return Segment(
         step=optimizer.steps,
         seed=optimizer.seed,

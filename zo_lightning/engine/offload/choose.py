@@ -1,0 +1,87 @@
+"""The option `weights=Offload(...)`, and what it means for a model and a device."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from zo_lightning.engine.messages import choose
+from zo_lightning.engine.offload.buffers import InBuffers
+from zo_lightning.engine.offload.disk import DiskTier
+from zo_lightning.engine.offload.lanes import lanes_of
+from zo_lightning.engine.offload.parcels import Parcel
+from zo_lightning.engine.offload.places import AtHome, Place
+from zo_lightning.engine.offload.routes import Direct, Route, Staged
+from zo_lightning.engine.offload.tiers import MemoryTier, Tier
+
+TIERS: dict[str, object] = {"auto": None, "disk": DiskTier, "memory": MemoryTier}
+
+
+@dataclass(frozen=True)
+class Offload:
+    """Where weights live that do not fit where they are computed with, for `weights=`.
+
+    Args:
+        folder: of the files; None makes a temporary one, which is removed in the end.
+        tier: "disk", files; "memory", the CPU's memory, pinned for a GPU (with the CPU as device it saves nothing and is for trying it
+            out); "auto", files where a folder is given or the device is the CPU, else memory.
+        device: where forward passes run, "cpu" or "cuda"; None: where the model is, or what the host chose.
+        lockstep: True: the evaluations of a step take turns at the borders of blocks, on threads, so that a block is read once for all of
+            them; False: one after another. None: in lockstep where each is sure to compute what it computes alone, which is said.
+
+    Raises ValueError for another tier or device, and for a folder of tier="memory".
+    """
+
+    folder: str | None = None
+    tier: str = "auto"
+    device: str | None = None
+    lockstep: bool | None = None
+
+    def __post_init__(self) -> None:
+        choose("tier", self.tier, TIERS, "nothing else")
+        if self.tier == "memory" and self.folder is not None:
+            raise ValueError(f"Offload(folder={self.folder!r}, tier='memory'): weights in memory have no files. Leave one of the two out.")
+        if self.device is not None:
+            try:
+                kind = torch.device(self.device).type
+            except RuntimeError as error:
+                raise ValueError(f"Offload(device={self.device!r}) is no device: {str(error).splitlines()[0]}") from error
+            if kind not in ("cpu", "cuda"):
+                raise ValueError(f"Offload(device={self.device!r}): blocks are streamed to 'cpu' and to 'cuda' devices so far.")
+
+    def device_of(self, module: nn.Module) -> torch.device:
+        """Where forward passes run. ValueError for a model that lies elsewhere."""
+        there = {p.device for p in module.parameters() if not p.is_meta and p.device.type != "cpu"}
+        chosen = next(iter(there), torch.device("cpu")) if self.device is None else torch.empty(0, device=self.device).device
+        others = there - {chosen}
+        if others:
+            raise ValueError(
+                f"weights=Offload(): forward passes run on {chosen}, and a part of the model is on {others.pop()}. Keep the model on the "
+                "CPU: blocks are brought to the device while they run."
+            )
+        return chosen
+
+    def place(self, parcels: Sequence[Parcel], device: torch.device) -> Place:
+        """Where the parcels go, with what they have now. OSError or MemoryError where there is no room."""
+        on_disk = self.folder is not None or device.type == "cpu" if self.tier == "auto" else self.tier == "disk"
+        if on_disk and sys.platform != "linux":
+            raise ValueError(f"weights=Offload() streams from files on Linux so far; this is {sys.platform}. Use weights='exact'.")
+        if on_disk and device.type == "cpu":
+            return AtHome(DiskTier(self.folder, parcels), device)
+        return in_buffers(DiskTier(self.folder, parcels) if on_disk else None, parcels, device)
+
+
+def in_buffers(tier: Tier | None, parcels: Sequence[Parcel], device: torch.device) -> InBuffers:
+    """Buffers of the device, filled by threads from a tier of files, or straight from memory where `tier` is None."""
+    lanes, largest = lanes_of(device), max(parcel.nbytes for parcel in parcels)
+    route: Route
+    if tier is None:
+        tier = MemoryTier(parcels, lanes)
+        route = Direct(tier, lanes)
+    else:
+        route = Staged(tier, lanes, largest)
+    return InBuffers(tier, lanes, route, largest)

@@ -1,0 +1,62 @@
+"""Changes that a parcel still lacks, and how they are made: on the way from one place to another, or where the weights are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from zo_lightning.engine.masks.state import Masks
+from zo_lightning.engine.noise import Change, Item, Noise, sweep
+from zo_lightning.engine.noise.changes import apply_changes
+from zo_lightning.engine.noise.members import Listed, Members
+from zo_lightning.engine.offload.parcels import FROZEN, Parcel
+from zo_lightning.engine.parameters import Trained
+
+
+class Due:
+    """A change that a parcel still lacks, with the masks it was made for."""
+
+    def __init__(self, change: Change, masks: Masks, step: int) -> None:
+        self.change, self.masks, self.step = change, masks.chosen, step
+
+    def moves(self, p: Trained) -> bool:
+        """Whether it changes anything of a tensor."""
+        if p.group == FROZEN or not Masks.fixed(self.masks).trains(p.key):
+            return False
+        decay, coefficients = self.change.steps[p.group]
+        return decay != 1.0 or any(coefficients)
+
+    def mask_of(self, p: Trained) -> Members | None:
+        """The mask that it has for a tensor, where that tensor is."""
+        mask = Masks.fixed(self.masks).of(p.key)
+        return None if mask is None else mask.to(p.tensor.device)
+
+    def make(self, weights: Sequence[Trained], noise: Noise) -> None:
+        """Make it, in place."""
+        moving = [p for p in weights if self.moves(p)]
+        apply_changes(moving, [self.change], noise, {p.key: mask for p in moving if (mask := self.mask_of(p)) is not None})
+
+
+def make_in(parcel: Parcel, due: Sequence[Due], places: Sequence[Tensor], noise: Noise) -> None:
+    """Make all changes where the tensors are."""
+    weights = [replace(p, tensor=place) for p, place in zip(parcel.tensors, places, strict=True)]
+    for one in due:
+        one.make(weights, noise)
+
+
+def make_between(parcel: Parcel, due: Sequence[Due], homes: Sequence[Tensor], drafts: Sequence[Tensor], noise: Noise) -> None:
+    """Make the first change on the way from `homes` to `drafts`, the others there."""
+    first, weights = due[0], [replace(p, tensor=draft) for p, draft in zip(parcel.tensors, drafts, strict=True)]
+    on_the_way = [first.moves(p) and not isinstance(first.mask_of(p), Listed) for p in weights]
+    items = []
+    for p, home, there in zip(weights, homes, on_the_way, strict=True):
+        if there:
+            items.append(Item(p.tensor, home, p.key, *first.change.steps[p.group], mask=first.mask_of(p)))
+        else:
+            p.tensor.copy_(home)
+    sweep(items, first.change.seeds, noise, rounding=first.change.rounding)
+    first.make([p for p, there in zip(weights, on_the_way, strict=True) if not there], noise)
+    for one in due[1:]:
+        one.make(weights, noise)
