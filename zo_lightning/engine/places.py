@@ -18,6 +18,9 @@ class Place(ABC):
     rewound = False
     """Whether every evaluation finds it as the first one did anyway, as buffers."""
 
+    where = ""
+    """What it belongs to, in words."""
+
     @abstractmethod
     def changed(self) -> bool:
         """Whether it holds something else now."""
@@ -29,10 +32,6 @@ class Place(ABC):
     @abstractmethod
     def put_back(self) -> None:
         """Let it hold that again."""
-
-    def difference(self) -> str:
-        """What changed, in words."""
-        return "the contents of a list, set or tensor"
 
 
 class Table(Place):
@@ -47,11 +46,6 @@ class Table(Place):
 
     def now(self) -> Place:
         return type(self)(self.table)
-
-    def difference(self) -> str:
-        nothing = object()
-        names = {**self.entries, **self.table}
-        return repr(next((n for n in names if self.entries.get(n, nothing) is not self.table.get(n, nothing)), "the order of names"))
 
     def put_back(self) -> None:
         if not self.changed():
@@ -104,6 +98,8 @@ class Bag(Place):
         self.value, self.members = value, list(value)
 
     def changed(self) -> bool:
+        if isinstance(self.value, set):  # whose order tells nothing
+            return self.value != set(self.members)
         return len(self.value) != len(self.members) or not all(map(is_, self.value, self.members))
 
     def now(self) -> Place:

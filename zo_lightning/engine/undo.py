@@ -37,6 +37,7 @@ class Undo:
     def __init__(self, metrics: bool = True) -> None:
         self._with_metrics = metrics
         self._places: list[Place] = []
+        self._where = ""
         self._seen: set[int] = set()
         library = sys.modules.get("torchmetrics")  # who has metrics has imported it
         self._metric: Any = getattr(library, "Metric", ())
@@ -47,12 +48,14 @@ class Undo:
         """Remember the attributes of an object, and what they hold except for those in `skip` and the tables of an nn.Module."""
         for name, value in self.bindings(owner).entries.items():
             if isinstance(value, self._followed) and name not in skip and name not in _TORCH:
+                self._where = f"{type(owner).__name__}.{name}"
                 self._contents(value)
 
     def bindings(self, owner: object) -> Table:
         """Remember what the attributes of an object are bound to, and nothing of what they hold."""
+        self._where = f"an attribute of {type(owner).__name__}"
         table = Table(vars(owner))
-        self._places.append(table)
+        self._keep(table)
         return table
 
     def modules(self, root: nn.Module, skip: frozenset[str] = frozenset()) -> None:
@@ -91,7 +94,7 @@ class Undo:
 
     def also(self, action: Callable[[], Any]) -> None:
         """Do this as well."""
-        self._places.append(Act(action))
+        self._keep(Act(action))
 
     def again(self) -> None:
         """Put everything back, and keep it remembered."""
@@ -103,6 +106,10 @@ class Undo:
         while self._places:
             self._places.pop().put_back()
 
+    def _keep(self, place: Place) -> None:
+        place.where = self._where
+        self._places.append(place)
+
     def _contents(self, value: Any) -> None:
         if id(value) in self._seen:
             return
@@ -111,22 +118,22 @@ class Undo:
             return
         self._seen.add(id(value))
         if isinstance(value, dict) and len(value) <= _BOUND:
-            self._places.append(Table(value))
+            self._keep(Table(value))
             for entry in list(value.values()):
                 self._contents(entry)
         elif isinstance(value, (list, tuple)):
             if isinstance(value, list):
-                self._places.append(Items(value) if len(value) <= _BOUND else Tail(value, len(value)))
+                self._keep(Items(value) if len(value) <= _BOUND else Tail(value, len(value)))
             for entry in value if len(value) <= _NESTED else ():
                 self._contents(entry)
         elif isinstance(value, (set, deque)) and len(value) <= _BOUND:
-            self._places.append(Bag(value))
+            self._keep(Bag(value))
         elif isinstance(value, Tensor):
             self._tensor(value)
 
     def _tensor(self, value: Tensor) -> None:
         if not (isinstance(value, nn.Parameter) or value.is_meta or value.is_inference() or value.numel() > _BOUND):
-            self._places.append(Value(value))
+            self._keep(Value(value))
 
 
 class World(Undo):
@@ -142,7 +149,7 @@ class World(Undo):
 
     def changed(self) -> str | None:
         """The first that is not as it was, in words."""
-        return next((place.difference() for place in self._places if place.changed() and not place.rewound), None)
+        return next((place.where for place in self._places if place.changed() and not place.rewound), None)
 
     def add(self, places: Iterable[Place]) -> None:
         """Remember these as well."""
@@ -151,7 +158,7 @@ class World(Undo):
     def leave(self) -> list[Place]:
         """What was changed, in the order in which it was remembered; it is put back."""
         changed = [place for place in self._places if place.changed()]
-        self.left = next((place.difference() for place in changed if not place.rewound), None)
+        self.left = next((place.where for place in changed if not place.rewound), None)
         mine = [place.now() for place in changed]
         for place in reversed(changed):
             place.put_back()
