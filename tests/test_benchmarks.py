@@ -94,3 +94,22 @@ def test_the_mezo_loop_is_algorithm_1(mezo: Any) -> None:
     assert projected == pytest.approx((sides[0] - sides[1]) / 2e-3, rel=1e-9)
     for p, base, direction in zip(net.parameters(), before, z, strict=True):
         torch.testing.assert_close(p.data, base - 0.1 * projected * direction, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("tier", ["memory", "disk"])
+def test_offload_gpu_runs_on_the_cpu(tier: str, tmp_path: Path) -> None:
+    out = tmp_path / "offload.json"
+    own = ["--device", "cpu", "--hidden", "64", "--layers", "3", "--vocabulary", "300", "--tier", tier]
+    done = script("offload_gpu.py", *own, "--batch", "2", "--length", "8", "--rounds", "1", "--steps", "2", "--json", str(out))
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["equal_losses"]
+    matrices = row["model_bytes"] * 0.9
+    assert row["per_step"]["read"] > 2 * matrices
+    assert row["per_step"]["written"] > matrices
+    assert row["over_resident"] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_offload_gpu_says_that_there_is_none() -> None:
+    assert "there is no GPU here. --device cpu" in script("offload_gpu.py").stderr

@@ -85,6 +85,7 @@ class Offloaded(Exact):
                     if other is not None:
                         other.close()
                         other._place.tier.close()
+                        other._parcels = []
                 self._place = offload.place(self._parcels, self.device)
             self._due = self._place.due
             for parcel in self._parcels:
@@ -225,6 +226,7 @@ class Offloaded(Exact):
             homes = {id(p): home for p, home in zip(parcel.tensors, self._homes[parcel], strict=True)}
             for p in self._lent.pop(parcel, ()):
                 _point(p, [homes[id(p)]] * len(p.aliases))
+            torch.clear_autocast_cache()  # or the casts of all blocks would stay on the device until the evaluation ends
             self._place.end(parcel)
             self._follow(parcel)
 
