@@ -18,7 +18,7 @@ import pytest
 import torch
 from engine_models import same, snapshot
 from test_offload import MODELS, OPTIONS, evaluated, loss_of, made, offloaded, opened, train, values
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from zo_lightning.engine import SPSA, ZOOptimizer
@@ -29,7 +29,9 @@ from zo_lightning.engine.offload.buffers import InBuffers
 from zo_lightning.engine.offload.disk import DiskTier
 from zo_lightning.engine.offload.lanes import Lanes
 from zo_lightning.engine.offload.places import AtHome
+from zo_lightning.engine.parameters import Trained
 from zo_lightning.engine.residency import Offload
+from zo_lightning.engine.residency.watch import ReadWatch
 
 MEMORY = Offload(tier="memory")
 
@@ -394,6 +396,76 @@ def test_a_second_optimizer_takes_over(weights: Offload) -> None:
         train(model, kept, 2)
     assert evaluated(one) == evaluated(other)
     assert same(snapshot(one), snapshot(other))
+
+
+def test_what_somebody_put_elsewhere_is_left_there(weights: Offload) -> None:
+    """Between two steps, until the optimizer has looked."""
+    model = made("llama")
+    _, optimizer = train(model, weights, 2)
+    with optimizer.settled():
+        other = torch.zeros_like(model.model.layers[1].mlp.up_proj.weight)
+        model.model.layers[1].mlp.up_proj.weight.data = other
+    seen: list[Tensor] = []
+    hook = model.model.layers[1].mlp.up_proj.register_forward_hook(lambda module, args, output: seen.append(output))
+    evaluated(model)
+    hook.remove()
+    assert not seen[0].any()
+    assert model.model.layers[1].mlp.up_proj.weight.data_ptr() == other.data_ptr()
+
+
+# ---- weights that others read
+
+
+class Handing(nn.Module):
+    """The embedding hands out a view of its weight, which the head reads when others have run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = Views(40, 32)
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(32, 32), nn.Tanh()) for _ in range(3)])
+        self.other = nn.Linear(32, 40, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden, view = self.embedding(ids)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return (self.other(hidden) + hidden @ view).logsumexp(-1).mean()
+
+
+class Views(nn.Embedding):
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return super().forward(ids), self.weight.t()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_views_that_outlive_their_module(frozen: bool, weights: Offload) -> None:
+    """The buffer that they are in would have other weights by then: those of `other` have its size."""
+    results = []
+    ids = torch.arange(40).view(4, 10)
+    for kept in ("exact", weights):
+        torch.manual_seed(0)
+        model = Handing()
+        model.embedding.weight.requires_grad_(not frozen)
+        optimizer = ZOOptimizer(model, lr=1e-3, eps=1e-2, weights=kept)
+        with torch.no_grad():
+            seen = [float(model(ids)) for _ in range(3)]
+        seen += [float(optimizer.step(lambda model=model: model(ids))) for _ in range(4)]  # type: ignore[misc]
+        with torch.no_grad():
+            seen += [float(model(ids)) for _ in range(3)]
+        results.append(seen)
+    assert results[0] == results[1]
+    owner = offloaded(optimizer)._holders[model]  # around all who read it
+    assert [parcel.tensors[0].tensor is model.embedding.weight for parcel in owner] == [True]
+
+
+def test_what_lies_elsewhere_is_read_on_the_device() -> None:
+    """A watched pass: a weight whose module does not run is on the CPU, and what it is combined with is not."""
+    weight = nn.Parameter(torch.ones(4, 3))
+    p = Trained("weight", 1, weight, 0, (weight,))
+    with torch.no_grad(), ReadWatch([], [p], lambda _: False, torch.device("meta")) as watch:
+        out = torch.nn.functional.linear(torch.empty(2, 3, device="meta"), weight)
+    assert out.is_meta
+    assert watch.missed == {p: None}
 
 
 # ---- options
