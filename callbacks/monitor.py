@@ -29,7 +29,8 @@ class ZOMonitor(ZOCallback):
 
     def on_run_start(self, run: Run) -> None:
         self._reports = []
-        self._device = next(p.device for group in run.optimizer.param_groups for p in group["params"])
+        devices = run.optimizer.residency.devices()
+        self._device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
 
     def on_zo_step(self, run: Run, report: StepReport) -> None:
         self._reports.append(report)

@@ -105,3 +105,22 @@ def test_plan_accuracy_compares_a_plan_with_a_process(tmp_path: Path) -> None:
     assert row["measured_traffic"] == row["predicted_traffic"]
     assert row["measured_bytes"] > row["before_training_bytes"] > 100_000_000
     assert abs(row["error"]) < 0.25  # of half a gigabyte, which is mostly Python
+
+
+@pytest.mark.parametrize("tier", ["memory", "disk"])
+def test_offload_gpu_runs_on_the_cpu(tier: str, tmp_path: Path) -> None:
+    out = tmp_path / "offload.json"
+    own = ["--device", "cpu", "--hidden", "64", "--layers", "3", "--vocabulary", "300", "--tier", tier]
+    done = script("offload_gpu.py", *own, "--batch", "2", "--length", "8", "--rounds", "1", "--steps", "2", "--json", str(out))
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["equal_losses"]
+    matrices = row["model_bytes"] * 0.9
+    assert 2 * matrices > row["per_step"]["read"] > matrices
+    assert row["per_step"]["written"] > matrices
+    assert row["over_resident"] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_offload_gpu_says_that_there_is_none() -> None:
+    assert "there is no GPU here. --device cpu" in script("offload_gpu.py").stderr

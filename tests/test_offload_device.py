@@ -18,7 +18,8 @@ import pytest
 import torch
 from engine_models import same, snapshot
 from test_offload import MODELS, OPTIONS, evaluated, loss_of, made, offloaded, opened, train, values
-from torch import Tensor
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from zo_lightning.engine import SPSA, ZOOptimizer
 from zo_lightning.engine.masks import Mask
@@ -28,7 +29,9 @@ from zo_lightning.engine.offload.buffers import InBuffers
 from zo_lightning.engine.offload.disk import DiskTier
 from zo_lightning.engine.offload.lanes import Lanes
 from zo_lightning.engine.offload.places import AtHome
+from zo_lightning.engine.parameters import Trained
 from zo_lightning.engine.residency import Offload
+from zo_lightning.engine.residency.watch import ReadWatch
 
 MEMORY = Offload(tier="memory")
 
@@ -179,6 +182,21 @@ def test_weights_that_the_loss_reads_beside_the_model(mask: Mask | None, weights
     assert same(results[0][1], results[1][1])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype: torch.dtype, weights: Offload) -> None:
+    results = []
+    for kept in ("exact", weights):
+        model = made("bert")
+        optimizer = ZOOptimizer(model, lr=1e-3, eps=1e-2, weights=kept)
+
+        def cast(model: Any = model) -> torch.Tensor:
+            with torch.autocast("cpu", dtype):
+                return loss_of(model)()
+
+        results.append([float(optimizer.step(cast)) for _ in range(4)])  # type: ignore[arg-type]
+    assert results[0] == results[1]
+
+
 def test_weights_of_between_are_never_late(weights: Offload) -> None:
     """Evaluation, a state dict, a loaded one, a copy, reading and writing inside settled(), after every step."""
     one, other = made("llama"), made("llama")
@@ -200,22 +218,44 @@ def test_weights_of_between_are_never_late(weights: Offload) -> None:
         for model in (one, other):
             model.load_state_dict(start)
         for model, optimizer in zip((one, other), optimizers, strict=True):
-            with optimizer.settled(), torch.no_grad():
-                model.model.embed_tokens.weight[3] = turn
+            values(model, optimizer, 1)
+            with optimizer.settled():
+                model.model.embed_tokens.weight.data[3] = turn
     assert values(one, optimizers[0]) == values(other, optimizers[1])
     assert same(snapshot(one), snapshot(other))
 
 
 def test_what_is_written_between_two_steps_without_a_word_is_seen(weights: Offload) -> None:
     """What was copied ahead of the next pass is copied again; the rest of what a step still has to change is written to on its way."""
-    one, other = made("opt"), made("opt")
+    one, other = made("llama"), made("llama")
     optimizers = [ZOOptimizer(model, lr=0.0, eps=1e-2, weights=kept) for model, kept in ((one, "exact"), (other, weights))]
+    embedding = [one for one in offloaded(optimizers[1])._parcels if one.tensors[0].tensor is other.model.embed_tokens.weight]
     for _ in range(3):
         assert values(one, optimizers[0], 1) == values(other, optimizers[1], 1)
+        assert list(buffers(optimizers[1])._ahead) in ([], embedding)
         for model in (one, other):
             with torch.no_grad():
-                model.model.decoder.embed_tokens.weight.mul_(1.5)
+                model.model.embed_tokens.weight.mul_(1.5)
+    assert embedding
+    assert values(one, optimizers[0], 1) == values(other, optimizers[1], 1)
+    for model, optimizer in zip((one, other), optimizers, strict=True):
+        with optimizer.settled():  # here also what torch does not count as a write
+            model.model.embed_tokens.weight.data.mul_(1.5)
+    assert values(one, optimizers[0], 1) == values(other, optimizers[1], 1)
+    assert list(buffers(optimizers[1])._ahead) == embedding
     assert same(snapshot(one), snapshot(other))
+
+
+def test_what_is_on_its_way_home_is_read_when_it_has_come(weights: Offload) -> None:
+    _, optimizer = train(made("llama"), weights, 2)
+    place, residency = buffers(optimizer), offloaded(optimizer)
+    for parcel in list(place.due):
+        views = [view.clone() for view in place.begin(parcel, residency.noise, False)]
+        assert parcel not in place.due
+        place.end(parcel)
+        again = place.begin(parcel, residency.noise, True)
+        assert all(torch.equal(a, b) for a, b in zip(views, again, strict=True))
+        place.end(parcel)
 
 
 def test_exceptions_leave_the_weights_of_the_last_step(weights: Offload) -> None:
@@ -300,9 +340,8 @@ def test_a_block_with_several_parcels_is_copied_ahead_as_a_whole(weights: Offloa
     assert max(place.made.values()) <= 2
 
 
-def test_what_is_in_memory_is_aligned_pages_without_a_second_model() -> None:
-    model = made("llama")
-    optimizer = ZOOptimizer(model, lr=1e-3, weights=MEMORY)
+def test_what_is_in_memory_is_aligned_pages() -> None:
+    optimizer = ZOOptimizer(made("llama"), lr=1e-3, weights=MEMORY)
     tier: Any = buffers(optimizer).tier
     for parcel in offloaded(optimizer)._parcels:
         assert tier.flat(parcel).data_ptr() % 4096 == 0
@@ -310,6 +349,25 @@ def test_what_is_in_memory_is_aligned_pages_without_a_second_model() -> None:
             assert p.tensor.data_ptr() == home.data_ptr()
             assert home.data_ptr() % 64 == 0
             assert home.untyped_storage().nbytes() == home.nbytes
+
+
+def test_memory_for_a_second_model_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a block is taken in, those before are at home, and nobody holds what they were in."""
+    from zo_lightning.engine.offload import tiers
+
+    model = made("llama")
+    before = [StorageWeakRef(p.untyped_storage()) for p in model.parameters() if p.dim() > 1]
+    plain, alive = tiers.Pinned.allocate, []
+
+    def allocated(self: tiers.Pinned, nbytes: int, total: int) -> Tensor:
+        alive.append(sum(not storage.expired() for storage in before))
+        return plain(self, nbytes, total)
+
+    monkeypatch.setattr(tiers.Pinned, "allocate", allocated)
+    ZOOptimizer(model, weights=MEMORY)
+    assert alive == sorted(alive, reverse=True)
+    assert alive[0] == len(before)
+    assert alive[-1] < len(before) / 2
 
 
 def test_opened_weights_come_into_memory(tmp_path: Path, weights: Offload) -> None:
@@ -343,6 +401,76 @@ def test_a_second_optimizer_takes_over(weights: Offload) -> None:
         train(model, kept, 2)
     assert evaluated(one) == evaluated(other)
     assert same(snapshot(one), snapshot(other))
+
+
+def test_what_somebody_put_elsewhere_is_left_there(weights: Offload) -> None:
+    """Between two steps, until the optimizer has looked."""
+    model = made("llama")
+    _, optimizer = train(model, weights, 2)
+    with optimizer.settled():
+        other = torch.zeros_like(model.model.layers[1].mlp.up_proj.weight)
+        model.model.layers[1].mlp.up_proj.weight.data = other
+    seen: list[Tensor] = []
+    hook = model.model.layers[1].mlp.up_proj.register_forward_hook(lambda module, args, output: seen.append(output))
+    evaluated(model)
+    hook.remove()
+    assert not seen[0].any()
+    assert model.model.layers[1].mlp.up_proj.weight.data_ptr() == other.data_ptr()
+
+
+# ---- weights that others read
+
+
+class Handing(nn.Module):
+    """The embedding hands out a view of its weight, which the head reads when others have run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = Views(40, 32)
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(32, 32), nn.Tanh()) for _ in range(3)])
+        self.other = nn.Linear(32, 40, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden, view = self.embedding(ids)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return (self.other(hidden) + hidden @ view).logsumexp(-1).mean()
+
+
+class Views(nn.Embedding):
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return super().forward(ids), self.weight.t()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_views_that_outlive_their_module(frozen: bool, weights: Offload) -> None:
+    """The buffer that they are in would have other weights by then: those of `other` have its size."""
+    results = []
+    ids = torch.arange(40).view(4, 10)
+    for kept in ("exact", weights):
+        torch.manual_seed(0)
+        model = Handing()
+        model.embedding.weight.requires_grad_(not frozen)
+        optimizer = ZOOptimizer(model, lr=1e-3, eps=1e-2, weights=kept)
+        with torch.no_grad():
+            seen = [float(model(ids)) for _ in range(3)]
+        seen += [float(optimizer.step(lambda model=model: model(ids))) for _ in range(4)]  # type: ignore[misc]
+        with torch.no_grad():
+            seen += [float(model(ids)) for _ in range(3)]
+        results.append(seen)
+    assert results[0] == results[1]
+    owner = offloaded(optimizer)._holders[model]  # around all who read it
+    assert [parcel.tensors[0].tensor is model.embedding.weight for parcel in owner] == [True]
+
+
+def test_what_lies_elsewhere_is_read_on_the_device() -> None:
+    """A watched pass: a weight whose module does not run is on the CPU, and what it is combined with is not."""
+    weight = nn.Parameter(torch.ones(4, 3))
+    p = Trained("weight", 1, weight, 0, (weight,))
+    with torch.no_grad(), ReadWatch([], [p], lambda _: False, torch.device("meta")) as watch:
+        out = torch.nn.functional.linear(torch.empty(2, 3, device="meta"), weight)
+    assert out.is_meta
+    assert watch.missed == {p: None}
 
 
 # ---- options

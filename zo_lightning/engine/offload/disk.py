@@ -69,8 +69,7 @@ class DiskTier(Tier):
         wanted = Counter(_rounded(parcel) for parcel in parcels)
         sizes = [size for size, count in sorted(wanted.items()) for _ in range(count + 1)]
         descriptors = [lock]
-        self.close = weakref.finalize(self, _close, descriptors)
-        """Leave the folder to others. What is mapped stays so, but slots can't be used any more."""
+        self._leave = weakref.finalize(self, _close, descriptors)
         slots = []
         try:
             for number, size in enumerate(sizes):
@@ -87,6 +86,10 @@ class DiskTier(Tier):
         for parcel in parcels:
             self._settle(parcel)
         _describe(self.folder, parcels)
+
+    def close(self) -> None:
+        """Leave the folder to others. What is mapped stays so, but slots can't be used any more."""
+        self._leave()
 
     def _settle(self, parcel: Parcel) -> None:
         tensors = [p.tensor.detach() for p in parcel.tensors]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from zo_lightning.engine.offload.lanes import Lanes, Mark
 from zo_lightning.engine.offload.parcels import Parcel
-from zo_lightning.engine.offload.tiers import MemoryTier, Tier
+from zo_lightning.engine.offload.tiers import MemoryTier, Pinned, Tier
 
 Copying = Future[Mark]
 """A copy that will be asked for; its result is the mark of the copy's end."""
@@ -49,8 +49,8 @@ class Staged(Route):
     def __init__(self, tier: Tier, lanes: Lanes, largest: int) -> None:
         self._tier, self._lanes = tier, lanes
         self._reader, self._writer = (ThreadPoolExecutor(1, f"zo-{name}") for name in ("read", "write"))
-        kinds = torch.uint8, lanes.device.type != "cpu"
-        self._in, self._out = (torch.empty(largest, dtype=kinds[0], pin_memory=kinds[1]) for _ in range(2))
+        self._memory = Pinned(lanes)
+        self._in, self._out = (self._memory.allocate(largest, 2 * largest) for _ in range(2))
 
     def load(self, parcel: Parcel, memory: Tensor, after: Sequence[Mark | Copying]) -> Copying:
         return self._reader.submit(self._load, parcel, memory, after)

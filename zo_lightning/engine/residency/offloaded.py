@@ -22,6 +22,7 @@ from zo_lightning.engine.offload import Offload, Parcel, Place, Traffic, parcels
 from zo_lightning.engine.offload.due import Due
 from zo_lightning.engine.offload.hooks import Hook
 from zo_lightning.engine.offload.parcels import FROZEN
+from zo_lightning.engine.offload.places import AtHome
 from zo_lightning.engine.parameters import Trained, names_of
 from zo_lightning.engine.residency.base import Residency
 from zo_lightning.engine.residency.exact import Exact
@@ -97,6 +98,7 @@ class Offloaded(Exact):
                     if other is not None:
                         other.close()
                         other._place.tier.close()
+                        other._parcels = []
                 self._place = offload.place(self._parcels, self.device)
             self._due = self._place.due
             for parcel in self._parcels:
@@ -248,8 +250,10 @@ class Offloaded(Exact):
         if self._users[parcel] > 1:
             return
         late = parcel in self._due
+        # before the first watched pass, nobody knows which views outlive their module
+        watched = self._watch is not None or not (self._paths.watched or isinstance(self._place, AtHome))
         try:
-            views = self._place.begin(parcel, self.noise, self._watch is not None)
+            views = self._place.begin(parcel, self.noise, watched)
         except BaseException:
             self._users[parcel] -= 1
             raise
@@ -258,7 +262,7 @@ class Offloaded(Exact):
                 self._move_in(parcel)
             if views is not self._homes[parcel]:
                 self._show(parcel, views)
-            self._look_ahead(parcel)
+            self._look_ahead(parcel, announce=not watched)
         except BaseException:
             self._end_use(parcel)
             raise
@@ -287,11 +291,12 @@ class Offloaded(Exact):
             homes = {id(p): home for p, home in zip(parcel.tensors, self._homes[parcel], strict=True)}
             for p in self._lent.pop(parcel, ()):
                 _point(p, [homes[id(p)]] * len(p.aliases))
+            torch.clear_autocast_cache()  # or the casts of all blocks would stay on the device until the evaluation ends
             self._place.end(parcel)
             self._follow(parcel)
 
-    def _look_ahead(self, parcel: Parcel) -> None:
-        """Announce what came next the last time that these two came one after the other."""
+    def _look_ahead(self, parcel: Parcel, announce: bool = True) -> None:
+        """Learn what follows what, and announce what came next the last time that these two came one after the other."""
         before, last = self._last
         if last is not None:
             self._follows[before, last] = parcel
@@ -300,7 +305,7 @@ class Offloaded(Exact):
         while len(chain) < AHEAD and (following := self._follows.get(pair)) is not None and following not in chain:
             chain.append(following)
             pair = (pair[1], following)
-        if self._watch is None:
+        if announce:
             self._place.announce([following for following in chain if not self._users[following]])
 
     # ---- what reads weights of others
