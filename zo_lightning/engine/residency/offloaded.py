@@ -15,15 +15,13 @@ from torch import Tensor, nn
 
 from zo_lightning.engine.estimators import Displacement
 from zo_lightning.engine.masks.state import Masks
-from zo_lightning.engine.noise import Change, Item, Noise, sweep
-from zo_lightning.engine.noise.changes import apply_changes
+from zo_lightning.engine.noise import Item, Noise, sweep
 from zo_lightning.engine.noise.members import Listed
 from zo_lightning.engine.offload import DiskTier, Parcel, parcels_of
-from zo_lightning.engine.offload.parcels import FROZEN
 from zo_lightning.engine.parameters import Trained, names_of
 from zo_lightning.engine.residency.base import Residency
-from zo_lightning.engine.residency.exact import Exact
 from zo_lightning.engine.residency.scratch import _point, _without_modes
+from zo_lightning.engine.residency.stamped import Stamped
 from zo_lightning.engine.residency.swap import Swap
 from zo_lightning.engine.residency.units import Unit, compiled_part
 from zo_lightning.engine.signals import held
@@ -41,25 +39,6 @@ class Offload:
     """
 
     folder: str | None = None
-
-
-class Due:
-    """A change that a parcel still lacks, with the masks it was made for."""
-
-    def __init__(self, change: Change, masks: Masks, step: int) -> None:
-        self.change, self.masks, self.step = change, masks.chosen, step
-
-    def moves(self, p: Trained) -> bool:
-        """Whether it changes anything of a tensor."""
-        if p.group == FROZEN or not Masks.fixed(self.masks).trains(p.key):
-            return False
-        decay, coefficients = self.change.steps[p.group]
-        return decay != 1.0 or any(coefficients)
-
-    def make(self, weights: Sequence[Trained], noise: Noise) -> None:
-        """Make it, in place."""
-        moving, masks = [p for p in weights if self.moves(p)], Masks.fixed(self.masks)
-        apply_changes(moving, [self.change], noise, {p.key: mask for p in moving if (mask := masks.of(p.key)) is not None})
 
 
 class _Hook:
@@ -92,7 +71,7 @@ class Traffic:
     waited: float = 0.0
 
 
-class Offloaded(Exact):
+class Offloaded(Stamped):
     """Parameters are memory-mapped files, all the time: whoever reads them (a state dict, a fingerprint) finds base weights.
 
     A block's pages are in memory while it runs; those of the next one are read ahead by the system. What a step changes is made when a
@@ -110,9 +89,7 @@ class Offloaded(Exact):
         """`before` had other tensors to train: its files are kept where the weights are still there."""
         _check(module)
         self.traffic = Traffic()
-        self._steps = 0
         self._users: Counter[Parcel] = Counter()
-        self._due: dict[Parcel, list[Due]] = {}
         self._buffers: dict[Parcel, Tensor] = {}
         self._free: dict[int, list[Tensor]] = {}
         self._places: dict[int, int] = {}
@@ -128,14 +105,15 @@ class Offloaded(Exact):
             raise ValueError("weights=Offload(): the model has no matrices, which are what is kept in files. Use weights='exact'.")
         with held(), _without_modes(), torch.inference_mode(False), torch.no_grad():
             if kept is not None:
-                self._tier: DiskTier = kept._tier
-                self.traffic, self._steps = kept.traffic, kept._steps
+                self._tier = kept._tier
+                self.traffic, self._place = kept.traffic, kept._place
                 for parcel in self._parcels:
                     parcel.renew(self.trained)
             else:
                 if isinstance(before, Offloaded):
                     before._tier.close()
-                self._tier = DiskTier(offload.folder, self._parcels)
+                anew = isinstance(before, Offloaded) and not before._tier.undecided
+                self._tier = DiskTier(offload.folder, self._parcels, anew)
             for parcel in self._parcels:
                 self._move_in(parcel)
         self._of = {id(p): parcel for parcel in self._parcels for p in parcel.tensors}
@@ -290,16 +268,10 @@ class Offloaded(Exact):
 
     # ---- updates
 
-    def update(self, change: Change) -> None:
-        super().update(change)
-        self._steps += 1
-        due = Due(change, self.masks, self._steps)
-        for parcel in self._parcels:
-            if any(due.moves(p) for p in parcel.tensors):
-                self._due.setdefault(parcel, []).append(due)
-
     def _bring_up(self, parcel: Parcel) -> None:
         """Make the changes that are due: the first on the way to a free slot, others there."""
+        if self._late(parcel):
+            self._go_back(parcel)
         due = self._due.pop(parcel, None)
         if due is None:
             return
@@ -318,7 +290,7 @@ class Offloaded(Exact):
             first.make([p for p, there in zip(weights, on_the_way, strict=True) if not there], self.noise)
             for one in due[1:]:
                 one.make(weights, self.noise)
-            self._tier.commit(parcel, due[-1].step)
+            self._tier.commit(parcel, due[-1].place)
         except BaseException:
             self._due[parcel] = due
             raise
@@ -329,7 +301,7 @@ class Offloaded(Exact):
         """Make all changes that are due. OSError where they can't be written."""
         with self._turns.turn():
             for parcel in self._parcels:
-                if parcel in self._due:
+                if parcel in self._due or self._late(parcel):
                     with self._used([parcel]):
                         pass
 
