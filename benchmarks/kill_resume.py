@@ -6,8 +6,8 @@ python benchmarks/kill_resume.py --hosts hf --kills 5 --weights inplace
 python benchmarks/kill_resume.py --weights offload --kills 50 --json benchmarks/results/kill_resume_offload.json
 
 Half of the kills come after a random time. The others come inside something short: in the middle of writing a record, a base file or a
-checkpoint, in an update, or in a forward pass, at a random occurrence of it. With --weights offload also in the middle of writing a block to
-a slot, around its stamp, and in a flush; each kind of run (VARIANTS) is killed so often, and must end as that with weights="exact".
+checkpoint, in an update, or in a forward pass, at a random occurrence of it. With --weights offload also in the middle of writing a block
+to a slot, around its stamp, and in a flush; each kind of run (VARIANTS) is killed so often, and must end as that with weights="exact".
 """
 
 from __future__ import annotations

@@ -21,10 +21,11 @@ class WeightOffload(ZOCallback):
     Logs, as `zo/offload/...` over the steps since the last log: gigabytes read and written a step, seconds waited for the disk a step.
 
     Args:
-        folder: of the files, on a fast disk with room for the model and a block; None makes a temporary one, removed in the end.
+        folder: of the files, on a fast disk with room for the model and a block; None makes a temporary one, removed in the end. A run
+            that was killed and has a `TrajectoryLog` goes on from what it left there.
 
-    Raises ValueError for a model without matrices, a compiled one or one on a GPU, for a folder that another run uses, and beside another
-    `weights=` option; OSError where the files can't be made.
+    Raises ValueError for a model without matrices, a compiled one or one on a GPU, for a folder that another run uses or that has the files
+    of another model, and beside another `weights=` option; OSError where the files can't be made.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
@@ -42,8 +43,12 @@ class WeightOffload(ZOCallback):
         self._last = (run.optimizer.steps, dataclasses.replace(self._traffic(run)))
 
     def on_run_end(self, run: Run) -> None:
+        self._run = None
+        residency = run.optimizer.residency
+        if isinstance(residency, Offloaded) and residency.ahead:
+            return  # cut off while steps of a killed run are made again: its files are best left as they are
         with run.optimizer.settled():
-            self._run = None
+            pass
 
     @staticmethod
     def _traffic(run: Run) -> Traffic:

@@ -33,7 +33,10 @@ def described(parcels: Sequence[Parcel]) -> dict[str, Any]:
 def describe(folder: Path, parcels: Sequence[Parcel]) -> None:
     """Say whose files these are; the description comes after the files, and is there as a whole or not at all."""
     temporary = folder / f".{NAME}.tmp"
-    temporary.write_text(json.dumps(described(parcels), indent=1))
+    with temporary.open("w") as file:
+        json.dump(described(parcels), file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, folder / NAME)
 
 

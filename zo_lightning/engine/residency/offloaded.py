@@ -263,7 +263,8 @@ class Offloaded(Stamped):
             with super().session():
                 yield
         except BaseException:
-            self.flush()
+            if not self.ahead:  # else the run will be started again, and go on from there
+                self.flush()
             raise
 
     # ---- updates

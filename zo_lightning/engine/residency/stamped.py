@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -29,6 +30,7 @@ class Stamped(Exact):
         self._due: dict[Parcel, list[Due]] = {}
         self._place, self._noted = Place(0), False
         self._ahead: Ahead | None = None
+        self._any_step = False
         super().__init__(module, trained, noise)
 
     @abstractmethod
@@ -76,6 +78,14 @@ class Stamped(Exact):
         if self._ahead is not None and place.step > self._ahead.last:
             self._ahead = None
 
+    @contextmanager
+    def of_any_step(self) -> Iterator[None]:
+        before, self._any_step = self._any_step, True
+        try:
+            yield
+        finally:
+            self._any_step = before
+
     def bind(self, place: Place | None) -> None:
         """The weights are those of `place`, all of them; None is a place that no log knows. What an earlier run has left is gone."""
         with self._turns.turn(), held(), _without_modes(), torch.inference_mode(False), torch.no_grad():
@@ -100,7 +110,7 @@ class Stamped(Exact):
             self._ahead = Ahead(made, {parcel: place.step for parcel, (_, place) in found.items()}, origin) if found else None
 
     def _late(self, parcel: Parcel) -> bool:
-        return self._ahead is not None and self._ahead.late(parcel, self._place.step)
+        return self._ahead is not None and not self._any_step and self._ahead.late(parcel, self._place.step)
 
     def _go_back(self, parcel: Parcel) -> None:
         """Somebody reads weights of a step that this parcel is ahead of."""
