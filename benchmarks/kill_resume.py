@@ -246,7 +246,7 @@ def die_inside(place: str, occurrence: int) -> None:
 def die_offloaded(place: str, now: Callable[[], bool]) -> None:
     """In the middle of what weights in files do beside: writing a block, stamping it, making all updates that are due."""
     if place == "draft":
-        sweep = offloaded.sweep
+        sweep: Callable[..., None] = vars(offloaded)["sweep"]
 
         def swept(items: Sequence[Any], *args: Any, **kwargs: Any) -> None:
             sweep(items, *args, **kwargs)
@@ -255,19 +255,19 @@ def die_offloaded(place: str, now: Callable[[], bool]) -> None:
                     item.out.view(-1)[item.out.numel() // 2 :].zero_()  # what is not written yet
                 die()
 
-        offloaded.sweep = swept
+        vars(offloaded)["sweep"] = swept
     elif place == "stamp":
-        stamp = Slot.stamp
+        plain = Slot.stamp
 
-        def stamped(self: Slot, words: Stamp) -> None:
+        def stamped(self: Slot, stamp: Stamp) -> None:
             if not now():
-                stamp(self, words)
+                plain(self, stamp)
                 return
             when = random.choice(("before", "within", "after"))
             if when == "within":
-                os.pwrite(self.descriptor, words.encode()[: random.randrange(80)], self.nbytes)
+                os.pwrite(self.descriptor, stamp.encode()[: random.randrange(80)], self.nbytes)
             elif when == "after":
-                stamp(self, words)
+                plain(self, stamp)
             die()
 
         Slot.stamp = stamped  # type: ignore[method-assign]

@@ -75,9 +75,9 @@ class Run:
                 found[stamp.parcel] = path, stamp
         return found
 
-    def spoil(self, path: Path) -> None:
+    def spoil(self, path: Path, at: int = 5) -> None:
         data = bytearray(path.read_bytes())
-        data[5] ^= 1
+        data[at] ^= 1
         path.write_bytes(data)
 
 
@@ -263,10 +263,18 @@ DAMAGE: dict[str, Callable[[Run], object]] = {
     "torn": lambda run: [run.spoil(path) for path in run.tier.glob("slot-0000[12].bin")],
     "cut off": lambda run: [os.truncate(path, 100) for path in run.tier.glob("slot-0000[12].bin")],
     "no tensors that stay in memory": lambda run: [path.unlink() for path in run.tier.glob("resident-*")],
-    "others that stay in memory": lambda run: [run.spoil(path) for path in run.tier.glob("resident-*")],
+    "others that stay in memory": lambda run: [run.spoil(path, -1) for path in run.tier.glob("resident-*")],
+    "tensors of a later step": lambda run: _later(run),
     "which run is not known": lambda run: (run.tier / "run.json").write_text("{"),
     "a record of the log is lost": lambda run: os.truncate(run.folder / "trajectory.zolog", _before_last(run, 2)),
 }
+
+
+def _later(run: Run) -> None:
+    words = json.loads((run.tier / "run.json").read_text())
+    step = 3
+    words.update(step=step, log=read_log(run.folder / "trajectory.zolog").places[step])
+    (run.tier / "run.json").write_text(json.dumps(words))
 
 
 def _before_last(run: Run, count: int) -> int:
@@ -349,6 +357,7 @@ def test_a_run_without_a_log_begins_anew(tmp_path: Path, taken: list[str]) -> No
     loop.windows()
     assert equal(loop.state(), run.exact.state())
     assert taken == []
+    assert not residency_of(loop).tier.undecided
     residency_of(loop).tier.close()
     assert equal(run.again(7).state(), run.exact.state())  # whose slots it has written over
     assert taken == []

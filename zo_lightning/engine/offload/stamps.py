@@ -45,8 +45,9 @@ def decode(page: bytes) -> Stamp | None:
     if not isinstance(words, dict) or words.get("version") != VERSION:
         return None
     parcel, step, chain, sums = (words.get(name) for name in ("parcel", "step", "log", "checksum"))
-    good = isinstance(parcel, str) and type(step) is int and (chain is None or type(chain) is int) and isinstance(sums, str)
-    return Stamp(parcel, Place(step, chain), sums) if good else None
+    if not (isinstance(parcel, str) and isinstance(step, int) and isinstance(chain, int | None) and isinstance(sums, str)):
+        return None
+    return Stamp(parcel, Place(step, chain), sums)
 
 
 def checksum(memory: Tensor) -> str:
