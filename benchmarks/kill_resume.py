@@ -3,8 +3,11 @@
 python benchmarks/kill_resume.py --kills 100 --json benchmarks/results/kill_resume.json
 python benchmarks/kill_resume.py --hosts hf --kills 5 --weights inplace
 
+python benchmarks/kill_resume.py --weights offload --kills 50 --json benchmarks/results/kill_resume_offload.json
+
 Half of the kills come after a random time. The others come inside something short: in the middle of writing a record, a base file or a
-checkpoint, in an update, or in a forward pass, at a random occurrence of it.
+checkpoint, in an update, or in a forward pass, at a random occurrence of it. With --weights offload also in the middle of writing a block
+to a slot, around its stamp, and in a flush; each kind of run (VARIANTS) is killed so often, and must end as that with weights="exact".
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +41,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from zo_lightning import ZOStrategy
-from zo_lightning.callbacks import TrajectoryLog
+from zo_lightning.callbacks import SparseMask, TrajectoryLog, WeightOffload
 from zo_lightning.engine.evaluation import Evaluator
-from zo_lightning.engine.residency import Residency
+from zo_lightning.engine.offload.ahead import Ahead
+from zo_lightning.engine.offload.disk import Slot
+from zo_lightning.engine.offload.stamps import Stamp
+from zo_lightning.engine.residency import Offloaded, Residency, offloaded
 from zo_lightning.engine.trajectory import read_log, writer
 from zo_lightning.engine.trajectory.comparing import NAME
 from zo_lightning.hf_integration import ZOConfig, ZOTrainer
@@ -48,6 +54,14 @@ from zo_lightning.hf_integration import ZOConfig, ZOTrainer
 STEPS, EVERY, BATCH = 30, 7, 4
 PLACES = {"forward": 2 * STEPS, "update": STEPS, "record": STEPS, "checkpoint": 9}
 """What is interrupted in the middle, and at most how many of it a run has."""
+OF_OFFLOAD = {"draft": 5 * STEPS, "stamp": 5 * STEPS, "flush": STEPS // 2}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "masked": {"mask": True, "dtype": "bfloat16"},
+    "accumulated": {"logs": True},
+    "stamps alone": {"mask": True, "quiet": True},
+}
+"""With --weights offload. The last one has no checkpoints, no validation and no base file, so that all goes on from stamps."""
 
 
 class Classifier(L.LightningModule):
@@ -79,9 +93,19 @@ def weights_seed(folder: Path) -> int:
     return random.SystemRandom().getrandbits(30) if (folder / NAME).exists() else 0
 
 
-def step_log(folder: Path) -> TrajectoryLog:
+def callbacks_of(folder: Path, options: argparse.Namespace) -> list[Any]:
     """A run that was killed between its end and the script's own saving is continued as well."""
-    return TrajectoryLog(resume=True if over(folder) else "auto")
+    found: list[Any] = [TrajectoryLog(resume=True if over(folder) else "auto", save_base=not options.quiet)]
+    if options.mask:
+        found.append(SparseMask("small_weights", 0.3, refresh=4, summary=False))
+    if options.weights == "offload":
+        found.append(WeightOffload(folder / "tier"))
+    return found
+
+
+def weights_of(options: argparse.Namespace) -> str:
+    """The callback says what "offload" is."""
+    return "auto" if options.weights == "offload" else str(options.weights)
 
 
 def lightning_run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -91,13 +115,17 @@ def lightning_run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(weights_seed(folder))
     module = Classifier(options.logs)
     torch.manual_seed(1)
-    watching: list[Any] = [step_log(folder), ModelCheckpoint(every_n_train_steps=EVERY, save_top_k=2, monitor="step", mode="max")]
+    watching = callbacks_of(folder, options)
+    if not options.quiet:
+        watching.append(ModelCheckpoint(every_n_train_steps=EVERY, save_top_k=2, monitor="step", mode="max"))
     trainer = L.Trainer(
-        strategy=ZOStrategy(weights=options.weights, eps=1e-2),
+        strategy=ZOStrategy(weights=weights_of(options), eps=1e-2),
         precision="bf16-true" if options.dtype == "bfloat16" else "32-true",
         max_steps=STEPS,
         accumulate_grad_batches=2 if options.logs else 1,
         val_check_interval=5,
+        limit_val_batches=0 if options.quiet else 1.0,
+        enable_checkpointing=not options.quiet,
         default_root_dir=folder,
         callbacks=watching,
         logger=False,
@@ -107,8 +135,9 @@ def lightning_run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     )
     trainer.fit(module, DataLoader(data, batch_size=BATCH, shuffle=True), DataLoader(data, batch_size=22))
     schedule: Any = trainer.lr_scheduler_configs[0].scheduler
-    counters = {"step": trainer.global_step, "epoch": trainer.current_epoch, "lr": schedule.get_last_lr(), "loss": trainer.callback_metrics}
-    return {"weights": module.state_dict(), "counters": {**counters, "loss": float(counters["loss"]["val_loss"])}}
+    loss = float(trainer.callback_metrics.get("val_loss", 0.0))
+    counters = {"step": trainer.global_step, "epoch": trainer.current_epoch, "lr": schedule.get_last_lr(), "loss": loss}
+    return {"weights": module.state_dict(), "counters": counters}
 
 
 def hf_run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -128,18 +157,19 @@ def hf_run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         max_steps=STEPS,
         per_device_train_batch_size=BATCH,
         gradient_accumulation_steps=2 if options.logs else 1,
+        save_strategy="no" if options.quiet else "steps",
         save_steps=EVERY,
         save_total_limit=2,
-        eval_strategy="steps",
+        eval_strategy="no" if options.quiet else "steps",
         eval_steps=5,
         logging_steps=5,
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
-        zo_weights=options.weights,
+        zo_weights=weights_of(options),
         zo_eps=1e-2,
     )
-    trainer = ZOTrainer(model, args, train_dataset=rows, eval_dataset=rows[:8], callbacks=[step_log(folder)])
+    trainer = ZOTrainer(model, args, train_dataset=rows, eval_dataset=rows[:8], callbacks=callbacks_of(folder, options))
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
     optimizer = trainer.zo_optimizer
@@ -196,6 +226,8 @@ def die_inside(place: str, occurrence: int) -> None:
             plain(number, data)
 
         writer._write = written
+    elif place in OF_OFFLOAD:
+        die_offloaded(place, now)
     else:
         save = torch.save
 
@@ -211,6 +243,69 @@ def die_inside(place: str, occurrence: int) -> None:
         torch.save = saved  # type: ignore[assignment]
 
 
+def die_offloaded(place: str, now: Callable[[], bool]) -> None:
+    """In the middle of what weights in files do beside: writing a block, stamping it, making all updates that are due."""
+    if place == "draft":
+        sweep: Callable[..., None] = vars(offloaded)["sweep"]
+
+        def swept(items: Sequence[Any], *args: Any, **kwargs: Any) -> None:
+            sweep(items, *args, **kwargs)
+            if now():
+                for item in items:
+                    item.out.view(-1)[item.out.numel() // 2 :].zero_()  # what is not written yet
+                die()
+
+        vars(places_of_files)["sweep"] = swept
+    elif place == "stamp":
+        plain = Slot.stamp
+
+        def stamped(self: Slot, stamp: Stamp) -> None:
+            if not now():
+                plain(self, stamp)
+                return
+            when = random.choice(("before", "within", "after"))
+            if when == "within":
+                os.pwrite(self.descriptor, stamp.encode()[: random.randrange(80)], self.nbytes)
+            elif when == "after":
+                plain(self, stamp)
+            die()
+
+        Slot.stamp = stamped  # type: ignore[method-assign]
+    else:
+        flush = Offloaded.flush
+
+        def flushed(self: Offloaded) -> None:
+            if now():
+                due = [parcel for parcel in self.parcels if parcel in self._due]
+                with self._used(due[: (len(due) + 1) // 2]):
+                    die()
+            flush(self)
+
+        Offloaded.flush = flushed  # type: ignore[method-assign]
+
+
+def count_stamps(file: Path) -> None:
+    """Note in a file what a process that goes on takes from slots, and whether it went back to the weights of the beginning."""
+
+    def noted(kind: str, plain: Callable[..., Any], number: Callable[..., int]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            with file.open("a") as lines:
+                lines.write(f"{os.getpid()} {kind} {number(*args)}\n")
+            return plain(*args)
+
+        return call
+
+    Offloaded.adopt = noted("taken", Offloaded.adopt, lambda self, made, found, origin: len(found))  # type: ignore[method-assign]
+    Ahead.back = noted("back", Ahead.back, lambda self, *rest: 1)  # type: ignore[method-assign]
+
+
+def stamps_of(file: Path) -> Counter[str]:
+    """How many processes went on from stamps, and how many of them did not go back."""
+    lines = [line.split() for line in file.read_text().splitlines()] if file.exists() else []
+    took, back = ({pid for pid, kind, number in lines if kind == one and int(number)} for one in ("taken", "back"))
+    return Counter({"from stamps": len(took), "from stamps alone": len(took - back)})
+
+
 def child(host: str, folder: Path, options: argparse.Namespace, plan: tuple[str, int] | None) -> int:
     """Start the run in a process of its own; its id."""
     pid = os.fork()
@@ -223,6 +318,7 @@ def child(host: str, folder: Path, options: argparse.Namespace, plan: tuple[str,
         warnings.simplefilter("ignore")
         if plan is not None:
             die_inside(*plan)
+        count_stamps(folder.parent / f"{folder.name}.stamps")
         result = RUNS[host](folder, options)
         torch.save(result, folder.parent / f"{folder.name}.tmp")
         os.replace(folder.parent / f"{folder.name}.tmp", folder.parent / f"{folder.name}.pt")
@@ -259,11 +355,12 @@ def trial(
     """One run that is killed and started again until it ends; its result. `places` counts the kills that came to pass."""
     kills = 0
     for attempt in range(50):
-        aimed = (options.places is not None or dice.random() < 0.5) and attempt < 3
+        aimed = (options.moments is not None or dice.random() < 0.5) and attempt < 3
         plan = None
         if aimed:
-            place = dice.choice(options.places or list(PLACES))
-            plan = (place, dice.randint(1, PLACES[place]))
+            places_here = PLACES | (OF_OFFLOAD if options.weights == "offload" else {})
+            place = dice.choice(options.moments or list(places_here))
+            plan = (place, dice.randint(1, places_here[place]))
         pid = child(host, folder, options, plan)
         timed = not aimed and attempt < 3
         status = finished(pid, dice.uniform(0.0, seconds) if timed else 600)
@@ -300,7 +397,9 @@ def differing(left: dict[str, Any], right: dict[str, Any]) -> list[str]:
 def measure(host: str, options: argparse.Namespace, root: Path) -> dict[str, Any]:
     """Kill runs of one host until there were enough."""
     dice, places, runs, bad = random.Random(options.seed), Counter[str](), 0, list[str]()
-    right, seconds = uninterrupted(host, root / f"{host}-whole", options)
+    kept = argparse.Namespace(**{**vars(options), "weights": "exact" if options.weights == "offload" else options.weights})
+    right, seconds = uninterrupted(host, root / f"{host}-whole", kept)
+    stamps = Counter[str]()
     while sum(places.values()) < options.kills:
         folder = root / f"{host}-{runs}"
         folder.mkdir()
@@ -308,10 +407,16 @@ def measure(host: str, options: argparse.Namespace, root: Path) -> dict[str, Any
         wrong = differing(right, got)
         bad += [f"run {runs}: {', '.join(wrong)}"] if wrong else []
         runs += 1
+        stamps += stamps_of(root / f"{folder.name}.stamps")
         if not wrong:
             shutil.rmtree(folder)
-    row = {"runs": runs, "kills": dict(places), "steps": STEPS, "different": bad}
-    print(f"{host:10} {runs} runs, kills: {json.dumps(row['kills'])}, ended differently: {len(bad)}", *bad, sep="\n", flush=True)
+    row = {"runs": runs, "kills": dict(places), "steps": STEPS, "different": bad, **({"starts": dict(stamps)} if stamps else {})}
+    print(
+        f"{host:10} {json.dumps(row.get('starts', {}))} {runs} runs, kills: {json.dumps(row['kills'])}, ended differently: {len(bad)}",
+        *bad,
+        sep="\n",
+        flush=True,
+    )
     return row
 
 
@@ -320,10 +425,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--hosts", nargs="+", choices=tuple(RUNS), default=list(RUNS))
     parser.add_argument("--kills", type=int, default=100, help="in each host")
-    parser.add_argument("--places", nargs="+", choices=tuple(PLACES), default=None, help="only in the middle of these, at no random time")
-    parser.add_argument("--weights", choices=("exact", "copy", "inplace", "auto"), default="exact")
+    parser.add_argument(
+        "--places", nargs="+", choices=(*PLACES, *OF_OFFLOAD), default=None, help="only in the middle of these, at no random time"
+    )
+    parser.add_argument("--weights", choices=("exact", "copy", "inplace", "auto", "offload"), default="exact")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--logs", action=argparse.BooleanOptionalAction, default=False, help="BatchNorm, logged losses, accumulation")
+    parser.add_argument("--mask", action=argparse.BooleanOptionalAction, default=False, help="small weights, chosen anew every 4 steps")
+    parser.add_argument("--quiet", action=argparse.BooleanOptionalAction, default=False, help="no checkpoint, validation and base file")
+    parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS), help="with --weights offload")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=None)
     return parser.parse_args(arguments)
@@ -333,8 +443,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Kill, continue, compare; the exit status of the command is 1 where a run ended differently."""
     options = parse(arguments)
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as root:
-        rows = {host: measure(host, options, Path(root)) for host in options.hosts}
+    rows = {}
+    for host in options.hosts:
+        for index, variant in enumerate(options.variants if options.weights == "offload" else [""]):
+            own = argparse.Namespace(**{**vars(options), **VARIANTS.get(variant, {}), "seed": options.seed + index})
+            with tempfile.TemporaryDirectory() as root:
+                rows[f"{host}, {variant}" if variant else host] = measure(host, own, Path(root))
     chosen = {key: value for key, value in vars(options).items() if key != "json"}
     result = {"environment": environment("cpu"), "options": chosen, "hosts": rows}
     write(options.json, result)

@@ -49,8 +49,12 @@ class WeightOffload(ZOCallback):
         self._last = (run.optimizer.steps, dataclasses.replace(self._traffic(run)))
 
     def on_run_end(self, run: Run) -> None:
+        self._run = None
+        residency = run.optimizer.residency
+        if isinstance(residency, Offloaded) and residency.ahead:
+            return  # cut off while steps of a killed run are made again: its files are best left as they are
         with run.optimizer.settled():
-            self._run = None
+            pass
 
     def on_zo_step(self, run: Run, report: StepReport) -> None:
         self._seconds += report.seconds

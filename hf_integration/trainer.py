@@ -242,7 +242,8 @@ class ZOTrainerMixin(_Host):
 
     def _zo_loss_ignores_items(self, inputs: Any, num_items: Any) -> bool:
         if self._zo_without_items is None:
-            found = may_ignore_items(self) and ignores_items(self, inputs, num_items)
+            with self.zo_optimizer.residency.of_any_step():
+                found = may_ignore_items(self) and ignores_items(self, inputs, num_items)
             # all ranks alike: one that has only masked labels at this moment can't tell
             self._zo_without_items = bool(self.zo_optimizer.exchange.mean(torch.tensor([found], dtype=torch.float64)))
         return self._zo_without_items

@@ -27,6 +27,16 @@ result = kill_resume.main(sys.argv[1:])
 sys.exit(any(row["different"] for row in result["hosts"].values()))
 """
 
+TWICE = """
+import sys
+sys.path.insert(0, "benchmarks")
+from zo_lightning.engine.residency.due import Ahead
+Ahead.has = lambda self, parcel, due: False
+import kill_resume
+result = kill_resume.main(sys.argv[1:])
+sys.exit(any(row["different"] for row in result["hosts"].values()))
+"""
+
 
 def harness(tmp_path: Path, *arguments: str, code: str | None = None) -> tuple[int, dict[str, Any]]:
     """Its exit status and what it measured."""
@@ -56,6 +66,24 @@ def test_killed_runs_end_as_the_whole_one(arguments: tuple[str, ...], tmp_path: 
         assert sum(row["kills"].values()) >= int(arguments[1])
         assert row["different"] == []
         assert "--places" not in arguments or "any time" not in row["kills"]
+
+
+@pytest.mark.parametrize("variant", ["masked", "stamps alone"])
+def test_killed_runs_with_weights_in_files_end_as_the_exact_one(variant: str, tmp_path: Path) -> None:
+    status, measured = harness(tmp_path, "--weights", "offload", "--kills", "4", "--seed", "3", "--variants", variant)
+    assert (status, set(measured["hosts"])) == (0, {f"lightning, {variant}", f"hf, {variant}"})
+    for row in measured["hosts"].values():
+        assert row["different"] == []
+        assert row["starts"]["from stamps"] > 0
+        assert variant == "masked" or row["starts"]["from stamps alone"] == row["starts"]["from stamps"]
+
+
+def test_the_harness_sees_changes_that_are_made_twice(tmp_path: Path) -> None:
+    places = ("--places", "flush", "stamp")
+    variant = ("--weights", "offload", "--variants", "stamps alone")
+    status, measured = harness(tmp_path, "--hosts", "hf", "--kills", "3", *variant, *places, code=TWICE)
+    assert status == 1
+    assert measured["hosts"]["hf, stamps alone"]["different"]
 
 
 def test_the_harness_sees_runs_that_forget_their_steps(tmp_path: Path) -> None:

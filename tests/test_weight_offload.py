@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from scissors import CutError, Scissors
 
 from zo_lightning.callbacks import SparseMask, TrajectoryLog, WeightOffload
+from zo_lightning.engine.offload import DiskTier
 from zo_lightning.engine.residency import Offloaded
 from zo_lightning.engine.trajectory import read_log
 from zo_lightning.strategy import ZOStrategy
@@ -87,6 +89,38 @@ def test_a_lightning_run_that_is_killed_goes_on(cut: int, save: int | None, tmp_
     assert equal(again.state_dict(), whole.state_dict())
 
 
+@pytest.fixture
+def abandoned(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """The processes of runs that were cut off are gone, and with them the locks of their folders."""
+    tiers: list[DiskTier] = []
+    make = DiskTier.__init__
+    monkeypatch.setattr(DiskTier, "__init__", lambda self, *given: (tiers.append(self), make(self, *given))[1])
+    return lambda: [tier.close() for tier in tiers] and None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_lightning_run_goes_on_from_its_files(
+    name: str, tmp_path: Path, abandoned: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BatchNorm makes evaluations again, on the weights of their step: stamps are taken, and given up for the base file."""
+    taken = []
+    adopt = Offloaded.adopt
+    monkeypatch.setattr(
+        Offloaded, "adopt", lambda self, made, found, origin: (taken.append(len(found)), adopt(self, made, found, origin))[1]
+    )
+
+    def more() -> list[Any]:
+        return [WeightOffload(tmp_path / "tier"), SparseMask("small_weights", 0.3, refresh=3, summary=False), TrajectoryLog()]
+
+    whole = fit(tmp_path / "whole", *more()[1:], name=name, limit_val_batches=0)
+    for seed, cut in ((0, 4), (7, 7), (8, 9)):
+        assert fit(tmp_path / "run", *more(), Scissors(cut), name=name, seed=seed, limit_val_batches=0) is None
+        abandoned()
+    again = fit(tmp_path / "run", *more(), name=name, seed=9, limit_val_batches=0)
+    assert equal(again.state_dict(), whole.state_dict())
+    assert taken == [4, 4, 4]
+
+
 def test_lightning_accumulates(tmp_path: Path) -> None:
     whole = fit(tmp_path / "exact", accumulate_grad_batches=4)
     streamed = fit(tmp_path / "streamed", WeightOffload(), accumulate_grad_batches=4)
@@ -109,9 +143,8 @@ def run(folder: Path, kind: str, *callbacks: Any, seed: int = 0, **given: Any) -
     make, data = MODELS[kind]
     own = {"max_steps": 6, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "logging_steps": 1, "zo_eps": 1e-2, **given}
     kept = {} if any(isinstance(one, WeightOffload) for one in callbacks) else {"zo_weights": "exact"}
-    host = trainer(
-        folder, make(seed), data=data(), callbacks=list(callbacks), eval_dataset=data(), eval_strategy="steps", eval_steps=2, **own, **kept
-    )
+    own = {"eval_strategy": "steps", "eval_steps": 2, **own}
+    host = trainer(folder, make(seed), data=data(), callbacks=list(callbacks), eval_dataset=data(), **own, **kept)
     host.train()
     return host
 
@@ -139,6 +172,33 @@ def test_a_trainer_that_is_killed_goes_on(kind: str, save: bool, tmp_path: Path)
         run(tmp_path / "run", kind, WeightOffload(), TrajectoryLog(), Scissors(5), **given)
     here = [WeightOffload()] if save else []  # exact weights go on as well
     again = run(tmp_path / "run", kind, *here, TrajectoryLog(), seed=9, **given)
+    assert same(weights(again.model), weights(whole.model))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_trainer_goes_on_from_its_files(kind: str, tmp_path: Path, abandoned: Callable[[], None]) -> None:
+    given: dict[str, Any] = {"save_strategy": "no", "eval_steps": 100}
+    log = {"save_base": False}
+    whole = run(tmp_path / "whole", kind, TrajectoryLog(), **given)
+    for seed, cut in ((0, 3), (5, 5)):
+        with pytest.raises(CutError):
+            run(tmp_path / "run", kind, WeightOffload(tmp_path / "tier"), TrajectoryLog(**log), Scissors(cut), seed=seed, **given)
+        abandoned()
+    again = run(tmp_path / "run", kind, WeightOffload(tmp_path / "tier"), TrajectoryLog(**log), seed=0 if kind == "lora" else 9, **given)
+    assert same(weights(again.model), weights(whole.model))
+
+
+def test_ctrl_c_while_steps_are_made_again(tmp_path: Path, abandoned: Callable[[], None]) -> None:
+    """What the folder has stays as it is."""
+    given: dict[str, Any] = {"save_strategy": "no", "eval_steps": 100}
+    whole = run(tmp_path / "whole", "bert", TrajectoryLog(), **given)
+    for cut, error in ((5, CutError), (2, KeyboardInterrupt)):
+        before = {path: path.read_bytes() for path in tmp_path.glob("tier/*")}
+        with pytest.raises(error):
+            run(tmp_path / "run", "bert", WeightOffload(tmp_path / "tier"), TrajectoryLog(save_base=False), Scissors(cut, error), **given)
+        abandoned()
+    assert before == {path: path.read_bytes() for path in tmp_path.glob("tier/*")}
+    again = run(tmp_path / "run", "bert", WeightOffload(tmp_path / "tier"), TrajectoryLog(save_base=False), seed=9, **given)
     assert same(weights(again.model), weights(whole.model))
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from zo_lightning.engine.updates import GroupSettings
 
 if TYPE_CHECKING:
+    from zo_lightning.engine.masks.rules import Chosen
     from zo_lightning.engine.optimizer import ZOOptimizer
 
 
@@ -45,6 +46,10 @@ class Journal(ABC):
     @abstractmethod
     def mask(self, optimizer: ZOOptimizer) -> None:
         """A step begins with another mask than the one before; `optimizer.masks` has it."""
+
+    def chosen(self, optimizer: ZOOptimizer) -> Chosen | None:
+        """The mask of a step that is made again, where the weights that it was made for are not at hand: it is taken, not made."""
+        return None
 
     @abstractmethod
     def look(self, optimizer: ZOOptimizer, micro_batches: int, updating: bool) -> None:

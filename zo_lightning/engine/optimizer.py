@@ -19,6 +19,7 @@ from zo_lightning.engine.evaluation import Closure, Evaluator, Muted, Task, as_s
 from zo_lightning.engine.journal import Journal, StepRecord, Unrecorded
 from zo_lightning.engine.lockstep import Remember
 from zo_lightning.engine.masks import Mask, Masks
+from zo_lightning.engine.masks.rules import Chosen
 from zo_lightning.engine.messages import say_once
 from zo_lightning.engine.noise import Change, Noise
 from zo_lightning.engine.options import DEFAULT_LR, EngineOptions, as_estimator, as_noise, as_safeguard, check_group
@@ -262,16 +263,18 @@ class ZOOptimizer(torch.optim.Optimizer):
     def _begin(self) -> Window:
         """A step begins."""
         if self.masks.due(self.steps, self.residency.trained):
-            with self.residency.settled():
-                self._make_masks()
+            chosen = self.journal.chosen(self)
+            with self.residency.settled() if chosen is None else nullcontext():
+                self._make_masks(chosen)
         return self._new_window()
 
-    def _make_masks(self) -> None:
-        if self.masks.begin(self.steps, self.residency.trained, self.seed, self.noise):
+    def _make_masks(self, chosen: Chosen | None) -> None:
+        if self.masks.begin(self.steps, self.residency.trained, self.seed, self.noise, chosen):
             if not self.masks.reproducible:
                 self.masks.take(self.exchange.share(self.masks.chosen))
             self.journal.mask(self)
-            self.masks.made(self.residency.trained)
+            if chosen is None:
+                self.masks.made(self.residency.trained)
 
     def _new_window(self) -> Window:
         return Window(self.estimator.points(lambda query: query_seed(self.seed, self.steps, query)), [])

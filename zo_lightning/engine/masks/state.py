@@ -67,8 +67,8 @@ class Masks:
         """Whether a step needs another mask than the one at hand."""
         return self.mask is not None and (self.mask.number(step) != self.number or {p.key for p in trained} != self._among)
 
-    def begin(self, step: int, trained: Sequence[Trained], seed: int, noise: Noise) -> bool:
-        """A step begins, the weights are unperturbed: make the mask if it is due. Whether it was."""
+    def begin(self, step: int, trained: Sequence[Trained], seed: int, noise: Noise, chosen: Chosen | None = None) -> bool:
+        """A step begins, the weights are unperturbed: make the mask if it is due. Whether it was. `chosen` is used instead, if given."""
         if self.mask is None or not self.due(step, trained):
             return False
         number, among = self.mask.number(step), frozenset(p.key for p in trained)
@@ -76,14 +76,14 @@ class Masks:
         layers = [Layer(p.name, p.key, p.tensor, p.group) for p in trained]
         with torch.no_grad():
             draw = Draw(seed, number, lambda layer: self._mean(layer, noise))
-            self.chosen = self.mask.make(layers, self.mask.counts(layers, step), draw)
+            self.chosen = self.mask.make(layers, self.mask.counts(layers, step), draw) if chosen is None else chosen
         again, self.number, self._among = number == self.number, number, among
         self._last = last if self.measuring else None
         if self.measuring:
             self._measured = self._measured if again else []
             known = self._since if again else {}
             self._since = {key: known.get(key, len(self._measured)) for key in among}
-        self.before = None if last is None else Masks.fixed(last)
+        self.before = None if last is None or chosen is not None else Masks.fixed(last)
         return True
 
     def _mean(self, layer: Layer, noise: Noise) -> Tensor:

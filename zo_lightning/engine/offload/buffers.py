@@ -129,7 +129,7 @@ class InBuffers(Place):
         return buffer, loading
 
     def _save(self, parcel: Parcel, buffer: Buffer, due: list[Due]) -> None:
-        copying = self._route.save(parcel, buffer.memory, [self._lanes.mark()], due[-1].step)
+        copying = self._route.save(parcel, buffer.memory, [self._lanes.mark()], due[-1].moment)
         self._saved[parcel] = copying
         self._open[parcel] = self.due.pop(parcel)
         buffer.after.append(copying)

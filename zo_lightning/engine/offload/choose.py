@@ -65,14 +65,17 @@ class Offload:
             )
         return chosen
 
-    def place(self, parcels: Sequence[Parcel], device: torch.device) -> Place:
-        """Where the parcels go, with what they have now. OSError or MemoryError where there is no room."""
+    def place(self, parcels: Sequence[Parcel], device: torch.device, anew: bool = False) -> Place:
+        """Where the parcels go, with what they have now. OSError or MemoryError where there is no room.
+
+        `anew`: the files that are there are this run's own.
+        """
         on_disk = self.folder is not None or device.type == "cpu" if self.tier == "auto" else self.tier == "disk"
         if on_disk and sys.platform != "linux":
             raise ValueError(f"weights=Offload() streams from files on Linux so far; this is {sys.platform}. Use weights='exact'.")
         if on_disk and device.type == "cpu":
-            return AtHome(DiskTier(self.folder, parcels), device)
-        return in_buffers(DiskTier(self.folder, parcels) if on_disk else None, parcels, device)
+            return AtHome(DiskTier(self.folder, parcels, anew), device)
+        return in_buffers(DiskTier(self.folder, parcels, anew) if on_disk else None, parcels, device)
 
 
 def in_buffers(tier: Tier | None, parcels: Sequence[Parcel], device: torch.device) -> InBuffers:

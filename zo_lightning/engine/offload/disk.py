@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from zo_lightning.engine.offload.folders import clear, describe, describes
 from zo_lightning.engine.offload.mapped import PAGE, Mapped, forget
 from zo_lightning.engine.offload.parcels import Parcel
 from zo_lightning.engine.offload.sources import Source, source_of
+from zo_lightning.engine.offload.stamps import Moment, Stamp, checksum, decode
 from zo_lightning.engine.offload.tiers import Tier
 
 try:
@@ -24,56 +24,68 @@ try:
 except ImportError:  # Windows, where nothing of this is used
     fcntl = None  # type: ignore[assignment]
 
-VERSION = 1
-_PIECE = 1 << 20
-"""Words that are summed up together."""
+_START = Moment(0)
 
 
 class Slot:
-    """A file with room for one parcel, whole pages, and behind it a stamp: which parcel, after how many steps, and the checksum."""
+    """A file with room for one parcel, whole pages, and behind it a stamp (stamps.py)."""
 
-    def __init__(self, path: Path, nbytes: int, descriptors: list[int]) -> None:
+    def __init__(self, path: Path, nbytes: int, descriptors: list[int], keep: bool) -> None:
         self.path, self.nbytes = path, nbytes
-        path.unlink(missing_ok=True)  # an earlier one may still be mapped
+        if not keep:
+            path.unlink(missing_ok=True)  # an earlier one may still be mapped
         self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         descriptors.append(self.descriptor)
         os.posix_fallocate(self.descriptor, 0, self.nbytes + PAGE)  # a full disk is an error now, not in the middle of a run
 
-    def stamp(self, **words: object) -> None:
+    def stamp(self, stamp: Stamp) -> None:
         """Say what the slot has now."""
-        os.pwrite(self.descriptor, json.dumps(words).encode().ljust(PAGE, b"\0"), self.nbytes)
+        os.pwrite(self.descriptor, stamp.encode().ljust(PAGE, b"\0"), self.nbytes)
 
-
-def checksum(memory: Tensor) -> str:
-    """The sum and the weighted sum of all 64-bit words, modulo 2**64: other ones where an older piece stands among the rest."""
-    words = memory.view(torch.int64)
-    total, weighted = 0, 0
-    for number, piece in enumerate(words.split(_PIECE), 1):
-        some = int(piece.sum())
-        total, weighted = total + some, weighted + number * some
-    return f"{total % 2**64:016x}{weighted % 2**64:016x}"
+    def stamped(self) -> Stamp | None:
+        """What it says that it has; None where it says nothing."""
+        return decode(os.pread(self.descriptor, PAGE, self.nbytes))
 
 
 class DiskTier(Tier):
     """Parcels in files of a folder, which is a temporary one where it is None. OSError where they can't be made.
 
     There is room for all parcels and, of each size, one more. What comes from safetensors files stays there until it is first written.
+
+    Where the folder has the files of an earlier run of the same model, they are left alone (`undecided`), and weights where they are, until
+    somebody takes what the slots have (`take`) or has the weights written over them (`settle`). `anew`: they are this run's own, of other
+    parcels. ValueError for a folder of another model, or that another run uses.
     """
 
-    def __init__(self, folder: str | os.PathLike[str] | None, parcels: Sequence[Parcel]) -> None:
+    def __init__(self, folder: str | os.PathLike[str] | None, parcels: Sequence[Parcel], anew: bool = False) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="zo-offload-") if folder is None else folder)
+        self.lasting = folder is not None
+        """Whether the files stay behind."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if folder is None:
             weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
-        lock = _locked(self.folder)
+        descriptors = [_locked(self.folder)]
+        self._leave = weakref.finalize(self, _close, descriptors)
+        try:
+            self._open(parcels, descriptors, anew)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Leave the folder to others. What is mapped stays so, but slots can't be used any more."""
+        self._leave()
+
+    def _open(self, parcels: Sequence[Parcel], descriptors: list[int], anew: bool) -> None:
+        self.undecided = not anew and describes(self.folder, parcels)
+        if not self.undecided:
+            clear(self.folder)
         wanted = Counter(_rounded(parcel) for parcel in parcels)
         sizes = [size for size, count in sorted(wanted.items()) for _ in range(count + 1)]
-        descriptors = [lock]
-        self._leave = weakref.finalize(self, _close, descriptors)
         slots = []
         try:
             for number, size in enumerate(sizes):
-                slots.append(Slot(self.folder / f"slot-{number:05d}.bin", size, descriptors))
+                slots.append(Slot(self.folder / f"slot-{number:05d}.bin", size, descriptors, self.undecided))
         except OSError as error:
             why = f"There is no room for {sum(sizes) / 1e6:.1f} MB of weights in {self.folder}: {error.strerror}"
             raise OSError(error.errno, why) from error
@@ -81,28 +93,57 @@ class DiskTier(Tier):
         self._drafts = {size: Mapped(free[-1].descriptor, size) for size, free in self._free.items()}
         self._slots: dict[Parcel, Slot] = {}
         self._maps: dict[Parcel, Mapped] = {}
-        self._homes: dict[Parcel, list[Tensor]] = {}
-        self._sources: dict[Parcel, list[Source]] = {}
-        for parcel in parcels:
-            self._settle(parcel)
-        _describe(self.folder, parcels)
+        self._parcels = list(parcels)
+        self._homes: dict[Parcel, list[Tensor]] = {parcel: [p.tensor.detach() for p in parcel.tensors] for parcel in parcels}
+        self._sources: dict[Parcel, list[Source | None]] = {parcel: [source_of(p.tensor) for p in parcel.tensors] for parcel in parcels}
+        if not self.undecided:
+            self.settle()
+            describe(self.folder, parcels)
 
-    def close(self) -> None:
-        """Leave the folder to others. What is mapped stays so, but slots can't be used any more."""
-        self._leave()
+    def settle(self, moment: Moment = _START) -> None:
+        """Write what is neither in a slot nor in a safetensors file to a slot; what slots had before is gone."""
+        self.undecided = False
+        for parcel in self._parcels:
+            if parcel not in self._slots and not self._reads_files(parcel):
+                self.write(parcel, self._homes[parcel], moment)
 
-    def _settle(self, parcel: Parcel) -> None:
-        tensors = [p.tensor.detach() for p in parcel.tensors]
-        sources = [source for p in parcel.tensors if (source := source_of(p.tensor)) is not None]
-        if len(sources) == len(tensors):
-            self._sources[parcel], self._homes[parcel] = sources, tensors
-            return
-        self.write(parcel, tensors, 0)
-
-    def write(self, parcel: Parcel, places: Sequence[Tensor], step: int) -> None:
+    def write(self, parcel: Parcel, places: Sequence[Tensor], moment: Moment) -> None:
         for draft, place in zip(self.draft(parcel), places, strict=True):
             draft.copy_(place)
-        self.commit(parcel, step)
+        self.commit(parcel, moment)
+
+    def _reads_files(self, parcel: Parcel) -> bool:
+        """Whether its tensors are the safetensors files: nobody has written to them, in memory, since."""
+        return all(source is not None and p.tensor._version == 0 for p, source in zip(parcel.tensors, self._sources[parcel], strict=True))
+
+    def left(self) -> Iterator[tuple[Slot, Stamp]]:
+        """The slots that say what they have."""
+        for slots in self._free.values():
+            for slot in slots:
+                stamp = slot.stamped()
+                if stamp is not None:
+                    yield slot, stamp
+
+    def whole(self, slot: Slot, stamp: Stamp) -> bool:
+        """Whether the bytes of a free slot are those that were stamped."""
+        draft = self._drafts[slot.nbytes]
+        draft.move(slot.descriptor)
+        draft.fetch()
+        found = checksum(draft.stretch(0, slot.nbytes))
+        draft.forget()
+        return found == stamp.checksum
+
+    def take(self, parcel: Parcel, slot: Slot) -> None:
+        """What a free slot has is the parcel from now on."""
+        self._free[slot.nbytes].remove(slot)
+        self._put(parcel, slot)
+
+    def bind(self, moment: Moment) -> None:
+        """All parcels that have slots are those of this moment."""
+        for parcel, slot in self._slots.items():
+            stretch = self._maps[parcel].stretch(0, slot.nbytes)
+            slot.stamp(Stamp(parcel.name, moment, checksum(stretch)))
+            self._maps[parcel].forget()
 
     def home(self, parcel: Parcel) -> list[Tensor]:
         """The tensors as they are in the file: to be read and written anywhere, at addresses that stay after the first `commit`."""
@@ -118,9 +159,10 @@ class DiskTier(Tier):
             os.posix_fadvise(self._slots[parcel].descriptor, 0, parcel.nbytes, os.POSIX_FADV_WILLNEED)
             return
         for p, source in zip(parcel.tensors, self._sources[parcel], strict=True):
-            descriptor = os.open(source.path, os.O_RDONLY)
-            os.posix_fadvise(descriptor, source.offset, p.tensor.nbytes, os.POSIX_FADV_WILLNEED)
-            os.close(descriptor)
+            if source is not None:
+                descriptor = os.open(source.path, os.O_RDONLY)
+                os.posix_fadvise(descriptor, source.offset, p.tensor.nbytes, os.POSIX_FADV_WILLNEED)
+                os.close(descriptor)
 
     def fetch(self, parcel: Parcel) -> None:
         """Wait until it is in memory."""
@@ -131,7 +173,7 @@ class DiskTier(Tier):
         """Take the pages that were used at home out of the process's memory."""
         if parcel in self._maps:
             self._maps[parcel].forget()
-        else:
+        elif self._reads_files(parcel):
             for tensor in self._homes[parcel]:
                 forget(tensor)
 
@@ -142,21 +184,24 @@ class DiskTier(Tier):
         self._drafts[size].fetch(write=True)
         return parcel.views(self._drafts[size].stretch)
 
-    def commit(self, parcel: Parcel, step: int) -> None:
-        """What was written to the draft is the parcel after `step` steps, from now on; what it was before is kept until the next draft."""
+    def commit(self, parcel: Parcel, moment: Moment) -> None:
+        """What was written to the draft is the parcel at `moment`, from now on; what it was before is kept until the next draft."""
         size = _rounded(parcel)
-        words = checksum(self._drafts[size].stretch(0, size))
-        slot, old = self._free[size][-1], self._slots.get(parcel)
-        slot.stamp(version=VERSION, parcel=parcel.name, step=step, checksum=words)
+        slot = self._free[size][-1]
+        slot.stamp(Stamp(parcel.name, moment, checksum(self._drafts[size].stretch(0, size))))
         self._drafts[size].forget()
+        self._put(parcel, self._free[size].pop())
+
+    def _put(self, parcel: Parcel, slot: Slot) -> None:
+        old = self._slots.get(parcel)
         if parcel in self._maps:
             self._maps[parcel].move(slot.descriptor)
         else:
             self._maps[parcel] = Mapped(slot.descriptor, slot.nbytes)
             self._homes[parcel] = parcel.views(self._maps[parcel].stretch)
-        self._slots[parcel] = self._free[size].pop()
+        self._slots[parcel] = slot
         if old is not None:
-            self._free[size].append(old)
+            self._free[old.nbytes].append(old)
 
 
 def _rounded(parcel: Parcel) -> int:
@@ -177,18 +222,3 @@ def _locked(folder: Path) -> int:
 def _close(descriptors: Sequence[int]) -> None:
     for descriptor in descriptors:
         os.close(descriptor)
-
-
-def _describe(folder: Path, parcels: Sequence[Parcel]) -> None:
-    entries = [
-        {
-            "name": parcel.name,
-            "bytes": parcel.nbytes,
-            "tensors": [
-                {"name": p.name, "dtype": str(p.tensor.dtype)[6:], "shape": list(p.tensor.shape), "offset": offset}
-                for p, offset in zip(parcel.tensors, parcel.offsets, strict=True)
-            ],
-        }
-        for parcel in parcels
-    ]
-    (folder / "tier.json").write_text(json.dumps({"version": VERSION, "parcels": entries}, indent=1))

@@ -12,14 +12,15 @@ from zo_lightning.engine.noise import Change, Item, Noise, sweep
 from zo_lightning.engine.noise.changes import apply_changes
 from zo_lightning.engine.noise.members import Listed, Members
 from zo_lightning.engine.offload.parcels import FROZEN, Parcel
+from zo_lightning.engine.offload.stamps import Moment
 from zo_lightning.engine.parameters import Trained
 
 
 class Due:
     """A change that a parcel still lacks, with the masks it was made for."""
 
-    def __init__(self, change: Change, masks: Masks, step: int) -> None:
-        self.change, self.masks, self.step = change, masks.chosen, step
+    def __init__(self, change: Change, masks: Masks, moment: Moment) -> None:
+        self.change, self.masks, self.moment = change, masks.chosen, moment
 
     def moves(self, p: Trained) -> bool:
         """Whether it changes anything of a tensor."""

@@ -69,7 +69,7 @@ class AtHome(Place):
         due = self.due.get(parcel)
         if due:
             make_between(parcel, due, self.tier.home(parcel), self.tier.draft(parcel), noise)
-            self.tier.commit(parcel, due[-1].step)
+            self.tier.commit(parcel, due[-1].moment)
             del self.due[parcel]
             self.traffic.written += parcel.nbytes
         began = time.perf_counter()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from zo_lightning.engine.offload.lanes import Lanes, Mark
 from zo_lightning.engine.offload.parcels import Parcel
+from zo_lightning.engine.offload.stamps import Moment
 from zo_lightning.engine.offload.tiers import MemoryTier, Pinned, Tier
 
 Copying = Future[Mark]
@@ -26,8 +27,8 @@ class Route(ABC):
         """The parcel, as it is at home after `after`, to the device."""
 
     @abstractmethod
-    def save(self, parcel: Parcel, memory: Tensor, after: Sequence[Mark], step: int) -> Copying:
-        """What the device has is the parcel after `step` steps; the copy has ended when it is at home."""
+    def save(self, parcel: Parcel, memory: Tensor, after: Sequence[Mark], moment: Moment) -> Copying:
+        """What the device has is the parcel at `moment`; the copy has ended when it is at home."""
 
 
 class Direct(Route):
@@ -39,7 +40,7 @@ class Direct(Route):
     def load(self, parcel: Parcel, memory: Tensor, after: Sequence[Mark | Copying]) -> Copying:
         return _done(self._lanes.inward(memory, self._tier.flat(parcel), _marks(after)))
 
-    def save(self, parcel: Parcel, memory: Tensor, after: Sequence[Mark], step: int) -> Copying:
+    def save(self, parcel: Parcel, memory: Tensor, after: Sequence[Mark], moment: Moment) -> Copying:
         return _done(self._lanes.outward(self._tier.flat(parcel), memory, _marks(after)))
 
 
@@ -66,15 +67,15 @@ class Staged(Route):
             self._lanes.join(mark)  # the staging buffer is free again
             return mark
 
-    def save(self, parcel: Parcel, memory: Tensor, after: Sequence[Mark], step: int) -> Copying:
-        return self._writer.submit(self._save, parcel, memory, after, step)
+    def save(self, parcel: Parcel, memory: Tensor, after: Sequence[Mark], moment: Moment) -> Copying:
+        return self._writer.submit(self._save, parcel, memory, after, moment)
 
-    def _save(self, parcel: Parcel, memory: Tensor, after: Sequence[Mark], step: int) -> Mark:
+    def _save(self, parcel: Parcel, memory: Tensor, after: Sequence[Mark], moment: Moment) -> Mark:
         with self._lanes.here(), torch.no_grad():
             staged = self._out[: parcel.nbytes]
             mark = self._lanes.outward(staged, memory, after)
             self._lanes.join(mark)
-            self._tier.write(parcel, _views(parcel, staged), step)
+            self._tier.write(parcel, _views(parcel, staged), moment)
             return mark
 
 

@@ -13,10 +13,14 @@ from torch import Tensor
 from zo_lightning.engine.messages import say_once
 from zo_lightning.engine.offload.lanes import Lanes
 from zo_lightning.engine.offload.parcels import Parcel
+from zo_lightning.engine.offload.stamps import Moment
 
 
 class Tier(ABC):
     """The bytes of all parcels; `home` gives those of one as tensors of the CPU."""
+
+    undecided = False
+    """Whether there are weights of an earlier run, too, and nobody has said yet which to take."""
 
     @abstractmethod
     def close(self) -> None:
@@ -27,8 +31,14 @@ class Tier(ABC):
         """The tensors as they are at rest."""
 
     @abstractmethod
-    def write(self, parcel: Parcel, places: Sequence[Tensor], step: int) -> None:
-        """Have these values, those after `step` steps. OSError where they can't be written; then it has what it had."""
+    def write(self, parcel: Parcel, places: Sequence[Tensor], moment: Moment) -> None:
+        """Have these values, those of `moment`. OSError where they can't be written; then it has what it had."""
+
+    def settle(self, moment: Moment) -> None:  # noqa: B027
+        """The weights at hand are taken, those of `moment`; an earlier run's are gone."""
+
+    def bind(self, moment: Moment) -> None:  # noqa: B027
+        """All parcels are those of this moment."""
 
     def fetch(self, parcel: Parcel) -> None:  # noqa: B027
         """Wait until it is in memory."""
@@ -98,7 +108,7 @@ class MemoryTier(Tier):
         """All bytes of it (uint8)."""
         return self._flat[parcel]
 
-    def write(self, parcel: Parcel, places: Sequence[Tensor], step: int) -> None:
+    def write(self, parcel: Parcel, places: Sequence[Tensor], moment: Moment) -> None:
         for home, place in zip(self._homes[parcel], places, strict=True):
             home.copy_(place)
 

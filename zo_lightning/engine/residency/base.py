@@ -92,6 +92,10 @@ class Residency(ABC):
         """The same, but for updates that are still to be made."""
         return nullcontext()
 
+    def of_any_step(self) -> AbstractContextManager[None]:
+        """Inside it, forward passes may find weights of any step: what is looked for does not depend on them."""
+        return nullcontext()
+
     def close(self) -> None:  # noqa: B027
         """Another residency takes its place, or the run ends: make the updates that are still to be made."""
 

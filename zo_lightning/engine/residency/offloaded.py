@@ -16,18 +16,17 @@ from torch import Tensor, nn
 
 from zo_lightning.engine.baton import Baton
 from zo_lightning.engine.estimators import Displacement
-from zo_lightning.engine.noise import Change, Noise, sweep
+from zo_lightning.engine.noise import Noise, sweep
 from zo_lightning.engine.noise.members import Listed
-from zo_lightning.engine.offload import Offload, Parcel, Place, Traffic, parcels_of
-from zo_lightning.engine.offload.due import Due
+from zo_lightning.engine.offload import Offload, Parcel, Traffic, parcels_of
 from zo_lightning.engine.offload.hooks import Hook
 from zo_lightning.engine.offload.parcels import FROZEN
 from zo_lightning.engine.offload.places import AtHome
 from zo_lightning.engine.parameters import Trained, names_of
 from zo_lightning.engine.residency.base import Residency
-from zo_lightning.engine.residency.exact import Exact
 from zo_lightning.engine.residency.lane import OpenModules
 from zo_lightning.engine.residency.scratch import _point, _without_modes
+from zo_lightning.engine.residency.stamped import Stamped
 from zo_lightning.engine.residency.swap import Swap
 from zo_lightning.engine.residency.units import Unit, compiled_part
 from zo_lightning.engine.signals import held
@@ -46,7 +45,7 @@ AHEAD = 4
 """How many parcels are announced; how many of them are fetched ahead is for their place to say."""
 
 
-class Offloaded(Exact):
+class Offloaded(Stamped):
     """Between uses, parameters are where their parcels are at rest, in mapped files or CPU memory: whoever reads them finds base weights.
 
     While a block runs, its parcels are used: their pages are in memory, or they are in buffers of the device that computes, and what
@@ -71,7 +70,6 @@ class Offloaded(Exact):
         self._homes: dict[Parcel, list[Tensor]] = {}
         self._places: dict[int, int] = {}
         """By id of a parameter the address where it is while nobody uses it."""
-        self._steps = 0
         self._follows: dict[tuple[Parcel | None, Parcel], Parcel] = {}
         self._last: tuple[Parcel | None, Parcel | None] = (None, None)
         self._running: dict[int, OpenModules] = {}
@@ -89,17 +87,19 @@ class Offloaded(Exact):
             raise ValueError("weights=Offload(): the model has no matrices, which are what is kept elsewhere. Use weights='exact'.")
         with held(), _without_modes(), torch.inference_mode(False), torch.no_grad():
             if kept is not None:
-                self._place: Place = kept._place
-                self._steps = kept._steps
+                self._place = kept._place
+                self._moment = kept._moment
                 for parcel in self._parcels:
                     parcel.renew(self.trained)
             else:
+                anew = False
                 for other in {_OWNERS[module]() for module in self._root.modules() if module in _OWNERS}:
                     if other is not None:
+                        anew = anew or not other._place.tier.undecided
                         other.close()
                         other._place.tier.close()
                         other._parcels = []
-                self._place = offload.place(self._parcels, self.device)
+                self._place = offload.place(self._parcels, self.device, anew)
             self._due = self._place.due
             for parcel in self._parcels:
                 self._move_in(parcel)
@@ -249,10 +249,12 @@ class Offloaded(Exact):
         self._users[parcel] += 1
         if self._users[parcel] > 1:
             return
-        late = parcel in self._due
         # before the first watched pass, nobody knows which views outlive their module
         watched = self._watch is not None or not (self._paths.watched or isinstance(self._place, AtHome))
         try:
+            if self._late(parcel):
+                self._go_back(parcel)
+            late = parcel in self._due
             views = self._place.begin(parcel, self.noise, watched)
         except BaseException:
             self._users[parcel] -= 1
@@ -370,24 +372,17 @@ class Offloaded(Exact):
             with super().session():
                 yield
         except BaseException:
-            self.flush()
+            if not self.ahead:  # else the run will be started again, and go on from there
+                self.flush()
             raise
 
     # ---- updates
-
-    def update(self, change: Change) -> None:
-        super().update(change)
-        self._steps += 1
-        due = Due(change, self.masks, self._steps)
-        for parcel in self._parcels:
-            if any(due.moves(p) for p in parcel.tensors):
-                self._due.setdefault(parcel, []).append(due)
 
     def flush(self) -> None:
         """Make all changes that are due. OSError where they can't be written."""
         with self._turns.turn():
             for parcel in self._parcels:
-                if parcel in self._due:
+                if parcel in self._due or self._late(parcel):
                     with self._used([parcel]):
                         pass
             self._place.settle()

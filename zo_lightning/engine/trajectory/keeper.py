@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from zo_lightning.engine.journal import Journal, StepRecord, Unrecorded
+from zo_lightning.engine.masks.rules import Chosen
 from zo_lightning.engine.messages import say_once
+from zo_lightning.engine.offload.stamps import Moment
 from zo_lightning.engine.trajectory.atomic import explained
 from zo_lightning.engine.trajectory.changed import State, Watch, same
 from zo_lightning.engine.trajectory.comparing import NAME, describe, differs, noted_path
 from zo_lightning.engine.trajectory.fingerprint import frozen_fingerprint, trained_fingerprint
 from zo_lightning.engine.trajectory.log import Log, read_log
-from zo_lightning.engine.trajectory.masks import follow, record_of
+from zo_lightning.engine.trajectory.masks import chosen_of, follow, record_of
 from zo_lightning.engine.trajectory.records import LOST, MAX_POINTS, Checkpoint, End, Mark, MaskRecord, Record, Segment
+from zo_lightning.engine.trajectory.tiers import Left, bind, go_on, lasting, look, note
 from zo_lightning.engine.trajectory.weights import base_of, save_base
-from zo_lightning.engine.trajectory.writer import Fsync, LogWriter, set_aside
+from zo_lightning.engine.trajectory.writer import Fsync, LogWriter, first_chain, set_aside
 
 if TYPE_CHECKING:
     from zo_lightning.engine.optimizer import ZOOptimizer
@@ -42,6 +45,10 @@ class Trajectory(Journal):
         self._ahead: dict[int, StepRecord] = {}
         self._segments: dict[tuple[int, bool], Segment] = {}
         self._masks: dict[int, MaskRecord] = {}
+        self._moments: dict[int, int] = {}
+        self._left: Left | None = None
+        self._given = False
+        """Whether the weights at the beginning were those of that step, and not only what the folder of an `Offload` has."""
         self._segment: Segment | None = None
         self._watch = Watch()
         self._state: State | None = None
@@ -127,6 +134,13 @@ class Trajectory(Journal):
         if not begins and not inplace and not optimizer.masters.cover(optimizer.residency.trained, whole=optimizer.forward_passes > 0):
             return "the checkpoint came without the optimizer's state, which has the float32 values of 16-bit vectors"
         if not self._stands(optimizer, log):
+            if self._left is not None and self._left.found:
+                raise ValueError(
+                    f"The run in {self.folder} has its weights in {self._left.folder}, but can't go on from there: "
+                    f"{self._left.problem or 'the tensors that are not streamed are not there'}, the model's weights are not those after "
+                    f"{step} steps, and there is no base file. Give the model the weights that the run began with, or begin anew with "
+                    "resume=False, which gives up what it has learned."
+                )
             return f"the weights are not those of that run after {step} steps, and it has no file of them"
         return None
 
@@ -135,11 +149,15 @@ class Trajectory(Journal):
         step = optimizer.steps
         known = {r.fingerprint for r in log.records if isinstance(r, (Segment, Mark, End)) and r.step == step}
         self._standing = _fingerprint(optimizer)
-        if self._standing in known:
+        self._left, self._given = look(optimizer, log), self._standing in known
+        if self._given:
+            return True
+        if self._left is not None and self._left.complete:
+            self._standing = next((segment.fingerprint for segment in log.segments if segment.step == step), "")
             return True
         for segment in log.segments:
             if segment.step == step and self._load(optimizer, segment):
-                self._standing = segment.fingerprint
+                self._standing, self._given = segment.fingerprint, True
                 return True
         return False
 
@@ -170,6 +188,8 @@ class Trajectory(Journal):
         if first_one is not None and first_one.fingerprint == self._standing:
             del self._segments[step, False]
         self._masks = {record.step: record for record in log.masks if record.step in self._ahead}
+        self._moments = log.moments
+        go_on(optimizer, log, self._left, self._given)
         if self._ahead and first:
             say_once(
                 f"trajectory.recall.{self.path}",
@@ -180,6 +200,7 @@ class Trajectory(Journal):
     def _create(self, optimizer: ZOOptimizer, first: bool) -> None:
         segment = self._new_segment(optimizer, first)
         if first:
+            bind(optimizer, Moment(segment.step, first_chain(segment)))  # before there is a log that would be continued
             set_aside(self.path)
             self._writer = LogWriter.create(self.path, segment, fsync=self._fsync)
         self._begun(optimizer, segment)
@@ -210,6 +231,12 @@ class Trajectory(Journal):
 
     # ---- a step
 
+    def chosen(self, optimizer: ZOOptimizer) -> Chosen | None:
+        record, residency = self._masks.get(optimizer.steps), lasting(optimizer)
+        if record is None or residency is None or self._segment is None or not residency.ahead:
+            return None
+        return chosen_of(record, self._segment.parameters, self.folder, {p.name: p.tensor.device for p in residency.trained})
+
     def mask(self, optimizer: ZOOptimizer) -> None:
         if optimizer.steps not in self._ahead:
             self._note_mask(optimizer)
@@ -230,6 +257,8 @@ class Trajectory(Journal):
     def look(self, optimizer: ZOOptimizer, micro_batches: int, updating: bool) -> None:
         self._follow(optimizer, updating)
         if optimizer.steps in self._ahead:
+            if updating:
+                note(optimizer, Moment(optimizer.steps + 1, self._moments.get(optimizer.steps + 1)))
             return
         self._within = self._changed_set(optimizer) or self._changed(optimizer) or (self._within and micro_batches > 0)
         if not self._within or (micro_batches and not updating):
@@ -238,6 +267,7 @@ class Trajectory(Journal):
         segment = dataclasses.replace(self._new_segment(optimizer, self._writer is not None), within=micro_batches > 0)
         if self._writer is not None:
             self._writer.append(segment)
+            bind(optimizer, Moment(segment.step, self._writer.chain))
         self._begun(optimizer, segment)
         self._forget_bases()
 
@@ -289,6 +319,8 @@ class Trajectory(Journal):
         if self._writer is not None:
             traces = record.traces or record.idle > 0 if self._traces is None else self._traces  # idle windows have a first one
             self._writer.append(dataclasses.replace(record, traces=traces))
+            if self._optimizer is not None:
+                note(self._optimizer, Moment(record.step + 1, self._writer.chain))
 
     def remember(self, optimizer: ZOOptimizer) -> None:
         if self._making is not None:

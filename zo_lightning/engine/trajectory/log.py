@@ -73,6 +73,8 @@ class Log:
     torn_bytes: int = 0
     end_step: int = 0
     """How many steps had been made at the end."""
+    moments: dict[int, int] = field(default_factory=dict)
+    """By the number of steps made, since the last segment began, the chain of the log then."""
     torn: str = ""
     """What is wrong with the last record, and that it is cut off; "" for a whole log."""
     _end: End | None = field(default=None, repr=False)
@@ -126,6 +128,10 @@ def read_log(path: Paths, *, keep: Callable[[Record], bool] | None = None) -> Lo
             log.records.append(entry.record)
         if isinstance(entry.record, (StepRecord, Segment, End)):
             log._end = entry.record if isinstance(entry.record, End) else None
+        if isinstance(entry.record, Segment):
+            log.moments = {entry.record.step: entry.chain}
+        elif isinstance(entry.record, StepRecord):
+            log.moments[entry.record.step + 1] = entry.chain
     log.end_step = history.next_step
     return log
 

@@ -134,6 +134,11 @@ class LogWriter:
         if isinstance(record, (Segment, Checkpoint, End)) or (every is not None and self._unsynced >= every):
             self.sync()
 
+    @property
+    def chain(self) -> int:
+        """The chain after the last record."""
+        return self._chain
+
     def sync(self) -> None:
         """Wait until everything that was appended is on the disk. OSError where it does not get there."""
         os.fsync(self._number)
@@ -157,6 +162,11 @@ class LogWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def first_chain(segment: Segment) -> int:
+    """The chain of a log that begins with `segment`."""
+    return pack(*encode(segment, ()), FIRST_CHAIN)[1]
 
 
 def check_fsync(fsync: Fsync) -> None:
