@@ -43,10 +43,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from zo_lightning import ZOStrategy
 from zo_lightning.callbacks import SparseMask, TrajectoryLog, WeightOffload
 from zo_lightning.engine.evaluation import Evaluator
+from zo_lightning.engine.offload import due
 from zo_lightning.engine.offload.ahead import Ahead
 from zo_lightning.engine.offload.disk import Slot
 from zo_lightning.engine.offload.stamps import Stamp
-from zo_lightning.engine.residency import Offloaded, Residency, offloaded
+from zo_lightning.engine.residency import Offloaded, Residency
 from zo_lightning.engine.trajectory import read_log, writer
 from zo_lightning.engine.trajectory.comparing import NAME
 from zo_lightning.hf_integration import ZOConfig, ZOTrainer
@@ -246,7 +247,7 @@ def die_inside(place: str, occurrence: int) -> None:
 def die_offloaded(place: str, now: Callable[[], bool]) -> None:
     """In the middle of what weights in files do beside: writing a block, stamping it, making all updates that are due."""
     if place == "draft":
-        sweep: Callable[..., None] = vars(offloaded)["sweep"]
+        sweep: Callable[..., None] = vars(due)["sweep"]
 
         def swept(items: Sequence[Any], *args: Any, **kwargs: Any) -> None:
             sweep(items, *args, **kwargs)
@@ -255,7 +256,7 @@ def die_offloaded(place: str, now: Callable[[], bool]) -> None:
                     item.out.view(-1)[item.out.numel() // 2 :].zero_()  # what is not written yet
                 die()
 
-        vars(places_of_files)["sweep"] = swept
+        vars(due)["sweep"] = swept
     elif place == "stamp":
         plain = Slot.stamp
 

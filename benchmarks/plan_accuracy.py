@@ -88,7 +88,7 @@ def worker(options: argparse.Namespace) -> None:
     del planned
     gc.collect()
     made = peak_resident()
-    optimizer = ZOOptimizer(model, lr=1e-6, weights=weights)  # type: ignore[arg-type]
+    optimizer = ZOOptimizer(model, lr=1e-6, weights=weights)
     for _ in range(options.steps):
         optimizer.step(lambda: model(**inputs).loss)
     residency, moved = optimizer.residency, {}

@@ -115,10 +115,10 @@ def weights(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(
             Offload,
             "place",
-            lambda self, parcels, device: (
-                choose.in_buffers(DiskTier(self.folder, parcels), parcels, device)
+            lambda self, parcels, device, anew=False: (
+                choose.in_buffers(DiskTier(self.folder, parcels, anew), parcels, device)
                 if self.tier == "memory"
-                else plain(self, parcels, device)
+                else plain(self, parcels, device, anew)
             ),
         )
     return MEMORY

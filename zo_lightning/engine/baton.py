@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
 from typing import Any
 
 from zo_lightning.engine.signals import held
@@ -20,8 +21,8 @@ class Baton:
     `switch(old, new)` is called when job `old` hands over to job `new`, by the thread that hands over; None is no job.
     """
 
-    def __init__(self, switch: Callable[[int | None, int | None], None]) -> None:
-        self._switch = switch
+    def __init__(self, switch: Callable[[int | None, int | None], None], crew: Executor) -> None:
+        self._switch, self._crew = switch, crew
         self._changed = threading.Condition()
         self._holder: int | None = None
         self._crossed: list[int] = []
@@ -31,7 +32,8 @@ class Baton:
         """The identities of the threads of the jobs that began."""
 
     def run(self, jobs: Sequence[Callable[[], Any]]) -> list[Any]:
-        """What the jobs return. Job 0 runs on this thread, which waits for the others in the end; it ends before they do.
+        """What the jobs return. Job 0 runs on this thread, which waits for the others in the end; they run on threads of the crew, which
+        has as many to spare.
 
         Raises what the first job raised that failed; those after it are stopped, those before it end.
         """
@@ -48,8 +50,8 @@ class Baton:
             with held():
                 self._end(0)
                 self._wait(None)
-                for thread in others:
-                    thread.join()
+                for other in others:
+                    other.result()
         error = next((error for error in self._failed if error is not None), None)
         if error is not None:
             raise error
@@ -84,17 +86,14 @@ class Baton:
         if any(error is not None for error in self._failed[:me]):
             raise Stopped
 
-    def _start(self, number: int, job: Callable[[], Any], results: list[Any]) -> threading.Thread:
+    def _start(self, number: int, job: Callable[[], Any], results: list[Any]) -> Future[None]:
         def body() -> None:
             self.threads[number] = threading.get_ident()
             self._wait(number)
             self._do(number, job, results)
             self._end(number)
 
-        context = contextvars.copy_context()
-        thread = threading.Thread(target=context.run, args=(body,), name=f"zo-evaluation-{number}", daemon=True)
-        thread.start()
-        return thread
+        return self._crew.submit(contextvars.copy_context().run, body)
 
     def _do(self, number: int, job: Callable[[], Any], results: list[Any]) -> None:
         try:

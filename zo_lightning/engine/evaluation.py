@@ -95,7 +95,7 @@ class Evaluator:
         with residency.session():
             world = self._lockstep.world(task.remember)
             world.add(self.buffers.places())
-            outputs, moved = abreast(residency, jobs, host.devices, world)
+            outputs, moved = abreast(residency, jobs, host.devices, world, self._lockstep.crew(len(jobs) - 1))
         self.count += len(outputs)
         self.buffers.first_done()
         self._lockstep.left_behind(moved if task.remember is None else None)

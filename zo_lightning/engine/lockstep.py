@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from zo_lightning.engine.baton import Baton
+from zo_lightning.engine.malloc import one_arena
 from zo_lightning.engine.messages import say_once, tell_once
 from zo_lightning.engine.places import Place
 from zo_lightning.engine.randomness import HostState
@@ -32,6 +35,18 @@ class Lockstep:
         self._passes = 0
         self._moved = 0
         self._what: str | None = None
+        self._crew: ThreadPoolExecutor | None = None
+        self._hired = (0, 0)
+
+    def crew(self, count: int) -> ThreadPoolExecutor:
+        """So many threads to run evaluations on, the same ones for all steps: libraries keep what they prepare by thread."""
+        hired = (os.getpid(), count)  # a fork has none of them
+        if self._crew is None or hired != self._hired:
+            if self._crew is not None and self._hired[0] == hired[0]:
+                self._crew.shutdown()
+            one_arena()
+            self._crew, self._hired = ThreadPoolExecutor(count, "zo-evaluation"), hired
+        return self._crew
 
     def world(self, remember: Remember | None) -> World:
         """The Python state of the moment: what `remember` tells, or that of the modules."""
@@ -76,7 +91,7 @@ class Lockstep:
 
 
 def abreast(
-    residency: Offloaded, jobs: Sequence[Callable[[], Any]], devices: set[torch.device], world: World
+    residency: Offloaded, jobs: Sequence[Callable[[], Any]], devices: set[torch.device], world: World, crew: Executor
 ) -> tuple[list[Any], str | None]:
     """(What the jobs return, what Python state the first one changed.) Then that state is as the first one left it."""
     lanes = [Lane() for _ in jobs]
@@ -96,7 +111,7 @@ def abreast(
                 generator.restore()
             _put_back(states[new])
 
-    baton = Baton(switch)
+    baton = Baton(switch, crew)
     inside = _like_this_thread(devices)
     with residency.taking_turns(baton):
         try:

@@ -15,12 +15,12 @@ from zo_lightning.planning.forward import Forward, Pass, Stretch, trace
 from zo_lightning.planning.machine import Machine
 from zo_lightning.planning.weights import Weights
 
-LOCKSTEP = False
-"""Whether both forward passes of a query visit a block while it is in memory: then each block is read once a step instead of twice."""
-TO_GPU = False
+LOCKSTEP = True
+"""Whether all forward passes of a step visit a block while it is in memory: then each block is read once a step, not once a pass."""
+TO_GPU = True
 """Whether the engine streams weights to a GPU; these modes are planned and compared, but not recommended before it does."""
-BLOCKS_ON_GPU = 3
-"""Of the largest block, beside scratch: the one that runs, the next one, which is on its way, and the last one, which is written back."""
+BLOCKS_ON_GPU = 2
+"""Buffers of the largest block, beside scratch: for the one that runs, and for the next one, which is on its way."""
 MATRIX_LIBRARY, COMPILER = 25_000_000, 65_000_000
 """Resident bytes of a CPU process that its first step adds, measured with torch 2.13: code of the matrix kernels; torch's compiler and the
 noise kernels that it makes."""
@@ -153,9 +153,9 @@ class _Planner:
         return self._mode(f"offload ({tier})", "Offload()", memory, host=host, disk=disk, streams=True, ready=TO_GPU)
 
     def _passes_at_once(self) -> int:
-        """Activations: in lockstep one pass waits between two blocks while the other one runs."""
+        """Activations: in lockstep all passes but one wait between two blocks while that one runs."""
         waiting = max((s.began for s in self.run.stretches if s.entered is not None), default=0) if self.lockstep else 0
-        return self.run.peak + waiting
+        return self.run.peak + (self.points - 1) * waiting
 
     def _blocks_and_activations(self, stretches: Sequence[Stretch]) -> int:
         """The most bytes of mapped blocks and activations at one moment: the pages of a block are there while it runs, and twice while its
@@ -176,7 +176,7 @@ class _Planner:
         self, name: str, weights: str, memory: dict[str, int], *, host: int = 0, disk: int = 0, streams: bool = False, ready: bool = True
     ) -> Mode:
         memory = {part: size for part, size in {**memory, **self._process()}.items() if size}
-        visits = self.points // 2 if self.lockstep else self.points
+        visits = 1 if self.lockstep else self.points
         read = visits * self.weights.read(self.run.stretches) if streams else 0
         written = self.weights.written(self.run.stretches) if streams else 0
         bandwidth = self.machine.disk_bandwidth if disk else self.machine.bus_bandwidth
@@ -187,7 +187,7 @@ class _Planner:
 
 
 def _assumptions(machine: Machine, lockstep: bool) -> tuple[str, ...]:
-    passes = "in lockstep: a block is read once for both forward passes of a query" if lockstep else "a block is read in each forward pass"
+    passes = "in lockstep: a block is read once for all forward passes of a step" if lockstep else "a block is read in each forward pass"
     said = [
         f"{machine.flops / 1e9:.0f} GFLOP/s ({machine.flops_source}); matrix products, convolutions and attention are counted, not noise",
         f"disk {machine.disk_bandwidth / 1e9:.1f} GB/s ({machine.disk_source}), reads and writes one after another",

@@ -12,10 +12,10 @@ from torch import nn
 from zo_lightning.engine.messages import choose
 from zo_lightning.engine.offload.buffers import InBuffers
 from zo_lightning.engine.offload.disk import DiskTier
-from zo_lightning.engine.offload.lanes import lanes_of
+from zo_lightning.engine.offload.lanes import PageLanes, lanes_of
 from zo_lightning.engine.offload.parcels import Parcel
 from zo_lightning.engine.offload.places import AtHome, Place
-from zo_lightning.engine.offload.routes import Direct, Route, Staged
+from zo_lightning.engine.offload.routes import Direct, PastCache, Route, Staged
 from zo_lightning.engine.offload.tiers import MemoryTier, Tier
 
 TIERS: dict[str, object] = {"auto": None, "disk": DiskTier, "memory": MemoryTier}
@@ -74,8 +74,14 @@ class Offload:
         if on_disk and sys.platform != "linux":
             raise ValueError(f"weights=Offload() streams from files on Linux so far; this is {sys.platform}. Use weights='exact'.")
         if on_disk and device.type == "cpu":
-            return AtHome(DiskTier(self.folder, parcels, anew), device)
+            tier = DiskTier(self.folder, parcels, anew)
+            return past_cache(tier, parcels, device) if tier.direct else AtHome(tier, device)
         return in_buffers(DiskTier(self.folder, parcels, anew) if on_disk else None, parcels, device)
+
+
+def past_cache(tier: DiskTier, parcels: Sequence[Parcel], device: torch.device) -> InBuffers:
+    """Buffers that threads fill from files and write to files, past the system's cache."""
+    return InBuffers(tier, PageLanes(device), PastCache(tier), max(parcel.nbytes for parcel in parcels))
 
 
 def in_buffers(tier: Tier | None, parcels: Sequence[Parcel], device: torch.device) -> InBuffers:

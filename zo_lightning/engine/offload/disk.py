@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from zo_lightning.engine.offload.direct import open_direct, rounded, transfer
 from zo_lightning.engine.offload.folders import clear, describe, describes
 from zo_lightning.engine.offload.mapped import PAGE, Mapped, forget
 from zo_lightning.engine.offload.parcels import Parcel
@@ -37,6 +38,9 @@ class Slot:
         self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         descriptors.append(self.descriptor)
         os.posix_fallocate(self.descriptor, 0, self.nbytes + PAGE)  # a full disk is an error now, not in the middle of a run
+        self.direct = open_direct(path)
+        """For transfers between the disk and memory of whole pages past the system's cache; None where the file system has none."""
+        descriptors += [] if self.direct is None else [self.direct]
 
     def stamp(self, stamp: Stamp) -> None:
         """Say what the slot has now."""
@@ -90,6 +94,8 @@ class DiskTier(Tier):
             why = f"There is no room for {sum(sizes) / 1e6:.1f} MB of weights in {self.folder}: {error.strerror}"
             raise OSError(error.errno, why) from error
         self._free: dict[int, list[Slot]] = {size: [slot for slot in slots if slot.nbytes == size] for size in wanted}
+        self.direct = all(slot.direct is not None for slot in slots)
+        """Whether `read` and `write_from` may be used."""
         self._drafts = {size: Mapped(free[-1].descriptor, size) for size, free in self._free.items()}
         self._slots: dict[Parcel, Slot] = {}
         self._maps: dict[Parcel, Mapped] = {}
@@ -111,6 +117,27 @@ class DiskTier(Tier):
         for draft, place in zip(self.draft(parcel), places, strict=True):
             draft.copy_(place)
         self.commit(parcel, moment)
+
+    def read(self, parcel: Parcel, memory: Tensor) -> None:
+        """Read it into whole pages (uint8) of at least its size, past the system's cache."""
+        slot = self._slots.get(parcel)
+        if slot is None or slot.direct is None:
+            for home, view in zip(self.home(parcel), parcel.views(lambda begin, end: memory[begin:end]), strict=True):
+                view.copy_(home)
+            memory[parcel.nbytes : _rounded(parcel)].zero_()
+            self.forget(parcel)
+        else:
+            transfer(os.preadv, slot.direct, memory, slot.nbytes)
+
+    def write_from(self, parcel: Parcel, memory: Tensor, moment: Moment, sums: str) -> None:
+        """The same as `write`, from whole pages with this checksum, past the system's cache."""
+        size = _rounded(parcel)
+        slot = self._free[size][-1]
+        if slot.direct is None:
+            raise ValueError(f"{slot.path} can't be written past the system's cache.")
+        transfer(os.pwritev, slot.direct, memory, size)
+        slot.stamp(Stamp(parcel.name, moment, sums))
+        self._put(parcel, self._free[size].pop())
 
     def _reads_files(self, parcel: Parcel) -> bool:
         """Whether its tensors are the safetensors files: nobody has written to them, in memory, since."""
@@ -205,7 +232,7 @@ class DiskTier(Tier):
 
 
 def _rounded(parcel: Parcel) -> int:
-    return -(-parcel.nbytes // PAGE) * PAGE
+    return rounded(parcel.nbytes)
 
 
 def _locked(folder: Path) -> int:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zo_lightning.engine.offload.direct import pages
+
 Mark = Any
 """A point in what the device was told to do: an event, or None where everything is done when it is asked for."""
 
@@ -55,6 +57,13 @@ class Lanes:
     def pin(self, memory: Tensor) -> Callable[[], None] | None:
         """Make copies of CPU memory asynchronous, and return what ends that; None where there is nothing to do. RuntimeError: can't be."""
         return None
+
+
+class PageLanes(Lanes):
+    """On the CPU, with buffers of whole pages, which transfers past the system's cache need."""
+
+    def empty(self, nbytes: int) -> Tensor:
+        return pages(nbytes)
 
 
 class CudaLanes(Lanes):

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zo_lightning.engine.offload.direct import rounded
+from zo_lightning.engine.offload.disk import DiskTier
 from zo_lightning.engine.offload.lanes import Lanes, Mark
 from zo_lightning.engine.offload.parcels import Parcel
-from zo_lightning.engine.offload.stamps import Moment
+from zo_lightning.engine.offload.stamps import Moment, checksum
 from zo_lightning.engine.offload.tiers import MemoryTier, Pinned, Tier
 
 Copying = Future[Mark]
@@ -24,7 +26,7 @@ class Route(ABC):
 
     @abstractmethod
     def load(self, parcel: Parcel, memory: Tensor, after: Sequence[Mark | Copying]) -> Copying:
-        """The parcel, as it is at home after `after`, to the device."""
+        """The parcel, as it is at home after `after`, to memory of the device of at least its size."""
 
     @abstractmethod
     def save(self, parcel: Parcel, memory: Tensor, after: Sequence[Mark], moment: Moment) -> Copying:
@@ -38,10 +40,10 @@ class Direct(Route):
         self._tier, self._lanes = tier, lanes
 
     def load(self, parcel: Parcel, memory: Tensor, after: Sequence[Mark | Copying]) -> Copying:
-        return _done(self._lanes.inward(memory, self._tier.flat(parcel), _marks(after)))
+        return _done(self._lanes.inward(memory[: parcel.nbytes], self._tier.flat(parcel), _marks(after)))
 
     def save(self, parcel: Parcel, memory: Tensor, after: Sequence[Mark], moment: Moment) -> Copying:
-        return _done(self._lanes.outward(self._tier.flat(parcel), memory, _marks(after)))
+        return _done(self._lanes.outward(self._tier.flat(parcel), memory[: parcel.nbytes], _marks(after)))
 
 
 class Staged(Route):
@@ -63,7 +65,7 @@ class Staged(Route):
             for home, view in zip(self._tier.home(parcel), _views(parcel, self._in), strict=True):
                 view.copy_(home)
             self._tier.forget(parcel)
-            mark = self._lanes.inward(memory, self._in[: parcel.nbytes], marks)
+            mark = self._lanes.inward(memory[: parcel.nbytes], self._in[: parcel.nbytes], marks)
             self._lanes.join(mark)  # the staging buffer is free again
             return mark
 
@@ -73,10 +75,30 @@ class Staged(Route):
     def _save(self, parcel: Parcel, memory: Tensor, after: Sequence[Mark], moment: Moment) -> Mark:
         with self._lanes.here(), torch.no_grad():
             staged = self._out[: parcel.nbytes]
-            mark = self._lanes.outward(staged, memory, after)
+            mark = self._lanes.outward(staged, memory[: parcel.nbytes], after)
             self._lanes.join(mark)
             self._tier.write(parcel, _views(parcel, staged), moment)
             return mark
+
+
+class PastCache(Route):
+    """From and to files on a CPU machine: a thread for each direction, which only waits for the disk."""
+
+    def __init__(self, tier: DiskTier) -> None:
+        self._tier = tier
+        self._reader, self._writer = (ThreadPoolExecutor(1, f"zo-{name}") for name in ("read", "write"))
+
+    def load(self, parcel: Parcel, memory: Tensor, after: Sequence[Mark | Copying]) -> Copying:
+        return self._reader.submit(self._load, parcel, memory, after)
+
+    def _load(self, parcel: Parcel, memory: Tensor, after: Sequence[Mark | Copying]) -> Mark:
+        _marks(after)
+        with torch.no_grad():
+            self._tier.read(parcel, memory)
+
+    def save(self, parcel: Parcel, memory: Tensor, after: Sequence[Mark], moment: Moment) -> Copying:
+        sums = checksum(memory[: rounded(parcel.nbytes)])  # here, by all cores
+        return self._writer.submit(self._tier.write_from, parcel, memory, moment, sums)
 
 
 def _views(parcel: Parcel, memory: Tensor) -> list[Tensor]:
