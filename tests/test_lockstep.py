@@ -8,6 +8,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy
@@ -432,10 +433,12 @@ def test_a_loss_of_none_skips() -> None:
 class TestBaton:
     """Jobs of letters and borders: what the order of the letters is."""
 
+    crew = ThreadPoolExecutor(3)
+
     def run(self, *jobs: str) -> str:
         seen: list[str] = []
         switches: list[tuple[int | None, int | None]] = []
-        baton = Baton(lambda old, new: switches.append((old, new)))
+        baton = Baton(lambda old, new: switches.append((old, new)), self.crew)
 
         def job(text: str) -> Callable[[], str]:
             def body() -> str:

@@ -17,11 +17,11 @@ from keeper_tools import Loop, Setup, equal
 from zo_lightning.engine import SPSA
 from zo_lightning.engine.masks import Mask, Sensitive
 from zo_lightning.engine.messages import ZOWarning
-from zo_lightning.engine.offload import disk
+from zo_lightning.engine.offload import disk, due
 from zo_lightning.engine.offload.disk import DiskTier, Slot
 from zo_lightning.engine.offload.mapped import PAGE
 from zo_lightning.engine.offload.stamps import Moment, Stamp, decode
-from zo_lightning.engine.residency import Offload, Offloaded, offloaded
+from zo_lightning.engine.residency import Offload, Offloaded
 from zo_lightning.engine.trajectory import read_log, writer
 from zo_lightning.engine.trajectory.log import Entry, History, scan
 
@@ -400,7 +400,7 @@ def test_a_run_that_ended_goes_on(tmp_path: Path, taken: list[str]) -> None:
 @pytest.mark.parametrize("where", ["sweep", "stamp", "remap"])
 def test_ctrl_c_in_the_middle_of_a_write_back(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(tmp_path, save_base=False)
-    owner, name = {"sweep": (offloaded, "sweep"), "stamp": (Slot, "stamp"), "remap": (DiskTier, "_put")}[where]
+    owner, name = {"sweep": (due, "sweep"), "stamp": (Slot, "stamp"), "remap": (DiskTier, "_put")}[where]
     plain, calls = getattr(owner, name), iter(range(10**6))
 
     def interrupted(*given: Any, **more: Any) -> Any:

@@ -145,16 +145,13 @@ def table(found: Plan, planned: Planned, options: argparse.Namespace) -> str:
         fits = ("yes" if mode.fits else "no") if machine.memory is not None else "-"
         moved = [gigabytes(size) if size else "-" for size in (mode.host, mode.disk, mode.read, mode.written)]
         bus = f"{mode.bus_seconds:.2f}" if mode.bus_seconds else "-"
-        name = mode.name if mode.ready else f"{mode.name} *"
-        rows.append([name, gigabytes(mode.peak), fits, *moved, f"{mode.compute_seconds:.2f}", bus, mode.bound])
+        rows.append([mode.name, gigabytes(mode.peak), fits, *moved, f"{mode.compute_seconds:.2f}", bus, mode.bound])
     shape = f"batch {options.batch}" if planned.task == "image-classification" else f"batch {options.batch} x {options.length}"
     lines = [
         f"{type(planned.model).__name__}, {gigabytes(found.weights)} GB of weights, {shape}, on {machine.device}{room} (GB = 1e9 bytes)",
         "",
         *_aligned(rows),
     ]
-    if not all(mode.ready for mode in found.modes):
-        lines.append("* not in this version")
     shown = best or found.smallest
     lines += ["", f"{'Recommended' if best else 'Smallest'}: {shown.name}, weights={_quoted(shown.weights)}. Peak:"]
     lines += [f"  {line}" for line in _aligned([[part, f"{gigabytes(size)} GB"] for part, size in shown.memory.items()])]

@@ -5,22 +5,19 @@ What is known of the engine by number rather than by its own functions stands at
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from zo_lightning.planning.forward import Forward, Pass, Stretch, trace
+from zo_lightning.engine.offload.buffers import size_class
+from zo_lightning.planning.forward import Forward, Pass, trace
 from zo_lightning.planning.machine import Machine
 from zo_lightning.planning.weights import Weights
 
 LOCKSTEP = True
 """Whether all forward passes of a step visit a block while it is in memory: then each block is read once a step, not once a pass."""
-TO_GPU = True
-"""Whether the engine streams weights to a GPU; these modes are planned and compared, but not recommended before it does."""
-BLOCKS_ON_GPU = 2
-"""Buffers of the largest block, beside scratch: for the one that runs, and for the next one, which is on its way."""
 MATRIX_LIBRARY, COMPILER = 25_000_000, 65_000_000
 """Resident bytes of a CPU process that its first step adds, measured with torch 2.13: code of the matrix kernels; torch's compiler and the
 noise kernels that it makes."""
@@ -33,7 +30,7 @@ class Mode:
     """A mode of the engine for one model, batch and machine. Bytes, and seconds a step.
 
     `memory` are the parts of the peak on the device; `host` is CPU memory beside a GPU, `disk` the room for files. `read` and `written`
-    cross the bus or come from and go to the disk, a step. `ready` says whether the engine of this version has the mode.
+    cross the bus or come from and go to the disk, a step.
     """
 
     name: str
@@ -46,7 +43,6 @@ class Mode:
     compute_seconds: float
     bus_seconds: float
     fits: bool
-    ready: bool
 
     @property
     def peak(self) -> int:
@@ -79,13 +75,13 @@ class Plan:
 
     @property
     def recommended(self) -> Mode | None:
-        """The first mode that the engine has and that fits; None where there is none."""
-        return next((mode for mode in self.modes if mode.fits and mode.ready), None)
+        """The first mode that fits; None where there is none."""
+        return next((mode for mode in self.modes if mode.fits), None)
 
     @property
     def smallest(self) -> Mode:
-        """The mode of the engine that needs the least device memory."""
-        return min((mode for mode in self.modes if mode.ready), key=lambda mode: mode.peak)
+        """The mode that needs the least device memory."""
+        return min(self.modes, key=lambda mode: mode.peak)
 
 
 def plan(model: nn.Module, inputs: Any, forward: Forward, machine: Machine, queries: int = 1, *, lockstep: bool = LOCKSTEP) -> Plan:
@@ -139,42 +135,32 @@ class _Planner:
         return {"resident weights": resident, "float32 vectors": self.weights.masters, "scratch": self._scratch}
 
     def _from_disk(self) -> Mode:
-        together = self._blocks_and_activations(self.run.stretches)
-        activations = min(together, self._passes_at_once())
-        memory = {**self._streamed(), **self._activations(activations), "blocks": together - activations}
-        memory["aligned copies"] = self.weights.aligned(self.run.stretches)
+        memory = {**self._streamed(), **self._activations(self._passes_at_once()), "blocks": self._buffers()}
         return self._mode("offload (disk)", "Offload()", memory, disk=self.weights.slots(), streams=True)
 
     def _to_gpu(self, tier: str) -> Mode:
-        largest = max(sum(parcel.nbytes for parcel in parcels) for parcels in self.weights.holders.values())
-        memory = {**self._streamed(), **self._activations(self._passes_at_once()), "blocks": BLOCKS_ON_GPU * largest}
+        memory = {**self._streamed(), **self._activations(self._passes_at_once()), "blocks": self._buffers()}
         disk = self.weights.slots() if tier == "disk" else 0
-        host = BLOCKS_ON_GPU * largest if disk else self.weights.streamed
-        return self._mode(f"offload ({tier})", "Offload()", memory, host=host, disk=disk, streams=True, ready=TO_GPU)
+        host = 2 * max(parcel.nbytes for parcel in self.weights.parcels) if disk else self.weights.streamed  # one staged each way
+        return self._mode(f"offload ({tier})", "Offload()", memory, host=host, disk=disk, streams=True)
+
+    def _buffers(self) -> int:
+        """Of each size one for every parcel that is used at the same moment, and one for the next."""
+        parcels = self.weights.parcels
+        largest = max(parcel.nbytes for parcel in parcels)
+        total = 0
+        for size, count in Counter(size_class(parcel, largest) for parcel in parcels).items():
+            used = (self.weights.used(stretch.running) for stretch in self.run.stretches)
+            at_once = max((sum(size_class(parcel, largest) == size for parcel in here) for here in used), default=1)
+            total += size * min(count, max(1, at_once) + 1)
+        return total
 
     def _passes_at_once(self) -> int:
         """Activations: in lockstep all passes but one wait between two blocks while that one runs."""
         waiting = max((s.began for s in self.run.stretches if s.entered is not None), default=0) if self.lockstep else 0
         return self.run.peak + (self.points - 1) * waiting
 
-    def _blocks_and_activations(self, stretches: Sequence[Stretch]) -> int:
-        """The most bytes of mapped blocks and activations at one moment: the pages of a block are there while it runs, and twice while its
-        update is made."""
-        most = 0
-        waiting = self._passes_at_once() - self.run.peak
-        for stretch in stretches:
-            here = self.weights.used(stretch.running)
-            most = max(most, stretch.peak + sum(parcel.nbytes for parcel in here))
-            if stretch.entered is not None:
-                beside = sum(parcel.nbytes for parcel in self.weights.used(stretch.running[:-1]))
-                for parcel in self.weights.holders.get(stretch.entered, ()):
-                    beside += parcel.nbytes
-                    most = max(most, stretch.began + beside + parcel.nbytes * self.weights.moves(parcel))
-        return most + waiting
-
-    def _mode(
-        self, name: str, weights: str, memory: dict[str, int], *, host: int = 0, disk: int = 0, streams: bool = False, ready: bool = True
-    ) -> Mode:
+    def _mode(self, name: str, weights: str, memory: dict[str, int], *, host: int = 0, disk: int = 0, streams: bool = False) -> Mode:
         memory = {part: size for part, size in {**memory, **self._process()}.items() if size}
         visits = 1 if self.lockstep else self.points
         read = visits * self.weights.read(self.run.stretches) if streams else 0
@@ -183,7 +169,7 @@ class _Planner:
         both_ways = read + written if disk else max(read, written)  # a bus carries both directions at once
         fits = self.machine.memory is None or sum(memory.values()) <= self.machine.memory
         compute = self.points * self.run.flops / self.machine.flops
-        return Mode(name, weights, memory, host, disk, read, written, compute, both_ways / bandwidth, fits, ready)
+        return Mode(name, weights, memory, host, disk, read, written, compute, both_ways / bandwidth, fits)
 
 
 def _assumptions(machine: Machine, lockstep: bool) -> tuple[str, ...]:
@@ -197,7 +183,7 @@ def _assumptions(machine: Machine, lockstep: bool) -> tuple[str, ...]:
         return (
             *said,
             f"bus {machine.bus_bandwidth / 1e9:.1f} GB/s ({machine.bus_source}), both directions at once",
-            f"{BLOCKS_ON_GPU} of the largest block on the GPU while weights are streamed; attention is a fused kernel",
+            "attention is a fused kernel",
         )
     return (
         *said,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from mmap import PAGESIZE
 from typing import Any
@@ -100,13 +99,6 @@ class Weights:
         """Bytes of parcels that one step writes back: those in use in a forward pass that steps change."""
         ran = {parcel for stretch in stretches for parcel in self.used(stretch.running)}
         return sum(parcel.nbytes for parcel in ran if self.moves(parcel))
-
-    def aligned(self, stretches: Sequence[Stretch]) -> int:
-        """Bytes of buffers into which blocks are copied from safetensors files; they stay, of each size as many as are in use at once."""
-        most: Counter[int] = Counter()
-        for stretch in stretches:
-            most |= Counter(parcel.nbytes for parcel in self.used(stretch.running))
-        return sum(size * count for size, count in most.items())
 
 
 def _counts(value: Any) -> bool:

@@ -81,7 +81,9 @@ class InBuffers(Place):
         for parcel in parcels:
             if parcel in self._ahead or parcel in self._lent:
                 continue
-            if parcel.nbytes > room or not (self._free.get(self._size(parcel)) or self.made[self._size(parcel)] < SPARE):
+            if parcel.nbytes > room or not (
+                self._free.get(size_class(parcel, self._room)) or self.made[size_class(parcel, self._room)] < SPARE
+            ):
                 return
             room -= parcel.nbytes
             self._ahead[parcel] = self._load(parcel, self._take(parcel))
@@ -101,19 +103,15 @@ class InBuffers(Place):
         # where it is watched, a view that outlives what was lent keeps its memory, which belongs to no buffer, from being used again
         return self._load(parcel, self._made(parcel.nbytes, pooled=False) if watched else self._take(parcel))
 
-    def _size(self, parcel: Parcel) -> int:
-        """Of the buffers that it may be in: large ones share theirs, so that a model with a few sizes does not need two of each."""
-        return self._room if 2 * parcel.nbytes > self._room else parcel.nbytes
-
     def _made(self, nbytes: int, pooled: bool) -> Buffer:
         return Buffer(self._lanes.empty(nbytes), pooled, [self._lanes.mark()])  # the memory may still be used by what was computed
 
     def _take(self, parcel: Parcel) -> Buffer:
         """The one that was given back first, or one that was filled ahead for another parcel; a new one where there is none."""
-        size = self._size(parcel)
+        size = size_class(parcel, self._room)
         free = self._free.setdefault(size, deque())
         if not free:
-            other = next((other for other in self._ahead if self._size(other) == size), None)
+            other = next((other for other in self._ahead if size_class(other, self._room) == size), None)
             if other is not None:
                 self._give(other, self._ahead.pop(other)[0])
         if free:
@@ -124,7 +122,7 @@ class InBuffers(Place):
     def _give(self, parcel: Parcel, buffer: Buffer) -> None:
         buffer.after.append(self._lanes.mark())
         if buffer.pooled:
-            self._free[self._size(parcel)].append(buffer)
+            self._free[size_class(parcel, self._room)].append(buffer)
 
     def _load(self, parcel: Parcel, buffer: Buffer) -> tuple[Buffer, Copying]:
         buffer.versions = _versions(parcel)
@@ -158,3 +156,8 @@ class InBuffers(Place):
 
 def _versions(parcel: Parcel) -> tuple[int, ...]:
     return tuple(p.tensor._version for p in parcel.tensors)
+
+
+def size_class(parcel: Parcel, largest: int) -> int:
+    """The size of the buffers that it may be in: large ones share theirs, so that a model with a few sizes does not need two of each."""
+    return largest if 2 * parcel.nbytes > largest else parcel.nbytes
