@@ -356,11 +356,11 @@ def trial(
     """One run that is killed and started again until it ends; its result. `places` counts the kills that came to pass."""
     kills = 0
     for attempt in range(50):
-        aimed = (options.moments is not None or dice.random() < 0.5) and attempt < 3
+        aimed = (options.places is not None or dice.random() < 0.5) and attempt < 3
         plan = None
         if aimed:
             places_here = PLACES | (OF_OFFLOAD if options.weights == "offload" else {})
-            place = dice.choice(options.moments or list(places_here))
+            place = dice.choice(options.places or list(places_here))
             plan = (place, dice.randint(1, places_here[place]))
         pid = child(host, folder, options, plan)
         timed = not aimed and attempt < 3

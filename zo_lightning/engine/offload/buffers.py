@@ -81,9 +81,8 @@ class InBuffers(Place):
         for parcel in parcels:
             if parcel in self._ahead or parcel in self._lent:
                 continue
-            if parcel.nbytes > room or not (
-                self._free.get(size_class(parcel, self._room)) or self.made[size_class(parcel, self._room)] < SPARE
-            ):
+            size = size_class(parcel, self._room)
+            if parcel.nbytes > room or not (self._free.get(size) or self.made[size] < SPARE):
                 return
             room -= parcel.nbytes
             self._ahead[parcel] = self._load(parcel, self._take(parcel))

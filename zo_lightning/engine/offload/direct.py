@@ -33,8 +33,9 @@ def open_direct(path: Path) -> int | None:
         descriptor = os.open(path, os.O_RDWR | os.O_DIRECT)
     except OSError:
         return None
+    page = pages(PAGE)
     try:
-        os.preadv(descriptor, [_window(pages(PAGE), 0, PAGE)], 0)
+        transfer(os.preadv, descriptor, page, PAGE)
     except OSError:  # some say so when it is tried
         os.close(descriptor)
         return None

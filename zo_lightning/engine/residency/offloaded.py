@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from zo_lightning.engine.baton import Baton
 from zo_lightning.engine.estimators import Displacement
+from zo_lightning.engine.malloc import give_back
 from zo_lightning.engine.noise import Noise, sweep
 from zo_lightning.engine.noise.members import Listed
 from zo_lightning.engine.offload import Offload, Parcel, Traffic, parcels_of
@@ -78,6 +79,8 @@ class Offloaded(Stamped):
         self._waiting: dict[int, ExitStack] = {}
         """By border: what an evaluation used behind it and others are going to use."""
         self._border = 0
+        self._kind: type[nn.Module] | None = None
+        """Of the module that ran last."""
         self.lockstep = offload.lockstep
         super().__init__(module, trained, noise)
         kept = before if isinstance(before, Offloaded) and before.device == self.device and before._holds_all() else None
@@ -171,6 +174,9 @@ class Offloaded(Stamped):
 
     def _entering(self, parcels: Sequence[Parcel]) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
+            if type(module) is not self._kind and self.device.type == "cpu":
+                give_back()  # what the last kind of module has freed would stay beside what this one needs
+            self._kind = type(module)
             stack = ExitStack()
             stack.enter_context(self._used(parcels))
             if self._baton is not None and self._baton.runs():
