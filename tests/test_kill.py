@@ -30,7 +30,7 @@ sys.exit(any(row["different"] for row in result["hosts"].values()))
 TWICE = """
 import sys
 sys.path.insert(0, "benchmarks")
-from zo_lightning.engine.residency.due import Ahead
+from zo_lightning.engine.offload.ahead import Ahead
 Ahead.has = lambda self, parcel, due: False
 import kill_resume
 result = kill_resume.main(sys.argv[1:])
