@@ -36,6 +36,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "masked": {"mask": ("random", 0.3)},
     "listed": {"mask": ("random", 0.001)},
     "accumulated": {"micro": 2},
+    "masked and accumulated": {"mask": ("random", 0.3), "micro": 2},
     "two queries": {"queries": 2},
 }
 ROWS = 16

@@ -70,10 +70,11 @@ class Exact(OnScratch):
         before = self._modes()
         try:
             with uncompiled(self.trained), self.session(), self._displaced(None, ()), watch:
+                entries = self._lane.entries
                 yield
         finally:
             self._watch = None
-        entered, old = set(self._lane.entries), self.units
+        entered, old = set(entries), self.units
         moved = watch.missed
         if moved:
             if self._paths.watched:
@@ -112,9 +113,10 @@ class Exact(OnScratch):
     @contextmanager
     def at(self, point: Displacement, eps: Sequence[float]) -> Iterator[None]:
         with self._displaced(point, eps):
+            entries = self._lane.entries  # that of another thread may be there after the turn
             yield
         hooked = {unit for unit in self.units if unit.module is not None}
-        self._paths.took(self._lane.entries.keys(), hooked)
+        self._paths.took(entries.keys(), hooked)
 
     @contextmanager
     def _displaced(self, point: Displacement | None, eps: Sequence[float]) -> Iterator[None]:

@@ -52,7 +52,7 @@ class OnScratch(Residency):
         """
         with self._turns.turn():
             mine, before, self._settled = self._lane, self._settled, True
-            self.go_on(Lane())
+            self.go_on(Lane(materialized=mine.materialized))  # which is asked for without a turn
             try:
                 yield
             finally:
