@@ -60,7 +60,7 @@ Found = tuple[list[Any], dict[str, Tensor], int]
 def engine(kind: str, dtype: torch.dtype, weights: Any, steps: int, run: dict[str, Any]) -> Found:
     """Steps of the engine alone."""
     model, _ = make(kind, dtype)
-    mask = Mask(*run["mask"], refresh=20) if "mask" in run else None
+    mask: Any = Mask(run["mask"][0], run["mask"][1], refresh=20) if "mask" in run else None
     optimizer = ZOOptimizer(model, lr=1e-3, eps=1e-2, weights=weights, mask=mask, estimator=SPSA(run.get("queries", 1)))
     micro, rows, losses = run.get("micro", 1), ids(), []
     for step in range(steps):
@@ -99,13 +99,14 @@ def in_lightning(kind: str, dtype: torch.dtype, weights: Any, steps: int, run: d
     """Steps of Lightning's loop."""
     module = Module(kind, dtype)
     strategy = ZOStrategy(eps=1e-2, weights="exact" if weights == "exact" else "auto", estimator=SPSA(run.get("queries", 1)))
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     micro = run.get("micro", 1)
     trainer = L.Trainer(
         accelerator="cpu", strategy=strategy, max_steps=steps, accumulate_grad_batches=micro, callbacks=callbacks(weights, run), **quiet
     )
     trainer.fit(module, DataLoader(list(ids()), BATCH))  # type: ignore[arg-type]
-    residency = strategy.zo_optimizer.residency
+    optimizer: Any = strategy.zo_optimizer
+    residency = optimizer.residency
     return module.losses, module.model.state_dict(), residency.traffic.read if isinstance(residency, Offloaded) else 0
 
 

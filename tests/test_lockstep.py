@@ -318,7 +318,7 @@ def test_an_error_in_one_of_them(block: int, side: int) -> None:
         optimizer.estimate(closure_of(model))
     hook.remove()
     optimizer.discard()
-    assert threading.active_count() == before
+    assert threading.active_count() <= before
     assert same(snapshot(model), snapshot(twin))
     assert steps_of(model, optimizer, 2) == steps_of(twin, exact, 2)
     assert same(snapshot(model), snapshot(twin))
