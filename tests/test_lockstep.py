@@ -348,18 +348,23 @@ def test_ctrl_c_while_one_of_them_runs(block: int, side: int) -> None:
     assert same(snapshot(model), snapshot(twin))
 
 
+@pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("lockstep", [None, False])
-def test_a_forward_pass_that_was_interrupted_leaves_no_block_without_its_update(lockstep: bool | None) -> None:
+def test_a_forward_pass_that_was_interrupted_leaves_no_block_without_its_update(lockstep: bool | None, beside: bool) -> None:
     model, twin = built("stack"), built("stack")
     optimizer, exact = optimizer_of(model, lockstep=lockstep), optimizer_of(twin, "exact")
     steps_of(model, optimizer, 2)
     steps_of(twin, exact, 3)
     optimizer.estimate(closure_of(model))
+    residency = optimizer.residency
     hook = failing(model, 2, 0, interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        optimizer.estimate(closure_of(model))
+    with pytest.raises(KeyboardInterrupt), torch.no_grad():
+        model(X) if beside else optimizer.estimate(closure_of(model))
     hook.remove()
     optimizer.apply()
+    with torch.no_grad():  # by a forward pass, and not by who saves
+        assert torch.equal(model(X), twin(X))
+    assert optimizer.residency is residency  # it was found where it was left
     assert same(snapshot(model), snapshot(twin))
 
 

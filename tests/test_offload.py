@@ -29,7 +29,8 @@ from transformers import (
 
 from zo_lightning.engine import SPSA, ZOOptimizer
 from zo_lightning.engine.masks import Mask, Sensitive
-from zo_lightning.engine.offload import open_weights
+from zo_lightning.engine.offload import open_weights, transfers
+from zo_lightning.engine.offload.disk import Slot
 from zo_lightning.engine.offload.mapped import PAGE
 from zo_lightning.engine.offload.stamps import Moment, checksum
 from zo_lightning.engine.residency import Offload, Offloaded
@@ -249,22 +250,42 @@ def test_tensors_that_are_frozen_in_between(tmp_path: Path) -> None:
 
 def test_a_write_that_fails_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = made("llama"), made("llama")
-    train(one, "exact", 4)
+    train(one, "exact", 5)
     _, optimizer = train(other, Offload(), 3)
-    tier = offloaded(optimizer)._place.tier
-    plain, calls = tier.commit, iter(range(100))
+    plain, calls = Slot.stamp, iter(range(100))
 
     def failing(*given: Any) -> None:
         if next(calls) == 1:
             raise OSError(5, "Input/output error")
         plain(*given)
 
-    monkeypatch.setattr(tier, "commit", failing)
+    monkeypatch.setattr(Slot, "stamp", failing)
     with pytest.raises(OSError, match="Input/output"):
-        values(other, optimizer, 1)
-    assert optimizer.steps == 3
-    values(other, optimizer, 1)
+        values(other, optimizer, 2)
+    values(other, optimizer, 5 - optimizer.steps)
     assert same(snapshot(other), snapshot(one))
+
+
+@pytest.mark.parametrize("refused", ["opened", "tried"])
+def test_a_file_system_without_transfers_past_its_cache(refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, asked = os.open, []
+
+    def opened(path: Any, flags: int, *mode: int) -> int:
+        asked.append(bool(flags & os.O_DIRECT))
+        if asked[-1] and refused == "opened":
+            raise OSError(22, "Invalid argument")
+        return plain(path, flags & ~os.O_DIRECT, *mode)
+
+    def cut(call: Any, *given: Any) -> None:
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(transfers.os, "open", opened)
+    if refused == "tried":
+        monkeypatch.setattr(transfers, "transfer", cut)
+    one, other = made("llama"), made("llama")
+    assert train(one, "exact")[0] == train(other, Offload(str(tmp_path)))[0]
+    assert any(asked)
+    assert same(snapshot(one), snapshot(other))
 
 
 def test_no_room_on_the_disk_is_known_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,24 +306,20 @@ def test_each_update_goes_to_a_free_slot(tmp_path: Path, monkeypatch: pytest.Mon
     """What is valid is never written over: a kill in the middle of an update costs the update alone."""
     model = made("llama")
     _, optimizer = train(model, Offload(str(tmp_path)), 1)
-    tier = offloaded(optimizer)._place.tier
-    draft, commit, begun, made_so = tier.draft, tier.commit, {}, []
+    tier: Any = offloaded(optimizer).tier
+    plain, made_so = tier.write_pages, []
 
-    def drafted(parcel: Any) -> Any:
-        begun[parcel] = (tier._slots[parcel], tier._slots[parcel].path.read_bytes())
-        return draft(parcel)
-
-    def committed(parcel: Any, place: Moment) -> None:
-        own, before = begun.pop(parcel)
-        assert own.path.read_bytes() == before
-        commit(parcel, place)
-        stamp = json.loads(tier._slots[parcel].path.read_bytes()[-PAGE:].rstrip(b"\0"))
-        found = checksum(torch.frombuffer(bytearray(tier._slots[parcel].path.read_bytes()[:-PAGE]), dtype=torch.uint8))
-        right = stamp["step"] == place.step and stamp["checksum"] == found
+    def written(parcel: Any, memory: Any, moment: Moment, sums: str) -> None:
+        own = tier._slots[parcel]
+        before = own.path.read_bytes()
+        plain(parcel, memory, moment, sums)
+        there = tier._slots[parcel].path.read_bytes()
+        stamp = json.loads(there[-PAGE:].rstrip(b"\0"))
+        found = checksum(torch.frombuffer(bytearray(there[:-PAGE]), dtype=torch.uint8))
+        right = stamp["step"] == moment.step and stamp["checksum"] == found == sums
         made_so.append((own.path.read_bytes() == before, tier._slots[parcel] is not own, right))
 
-    monkeypatch.setattr(tier, "draft", drafted)
-    monkeypatch.setattr(tier, "commit", committed)
+    monkeypatch.setattr(tier, "write_pages", written)
     values(model, optimizer, 3)
     model.state_dict()
     assert made_so == [(True,) * 3] * 4 * len(tier._slots)

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from keeper_tools import Loop, Setup, equal
 from zo_lightning.engine import SPSA
 from zo_lightning.engine.masks import Mask, Sensitive
 from zo_lightning.engine.messages import ZOWarning
-from zo_lightning.engine.offload import disk, due
 from zo_lightning.engine.offload.disk import DiskTier, Slot
+from zo_lightning.engine.offload.due import Due
 from zo_lightning.engine.offload.mapped import PAGE
 from zo_lightning.engine.offload.stamps import Moment, Stamp, decode
 from zo_lightning.engine.residency import Offload, Offloaded
@@ -57,7 +58,10 @@ class Run:
         return loop
 
     def die(self, loop: Loop) -> None:
+        """What was being written comes to its end, or fails, in a thread that would otherwise go on with closed files."""
         loop.close()
+        with suppress(OSError):
+            residency_of(loop)._place.settle()
         residency_of(loop).tier.close()
 
     def again(self, seed: int = 1, resume: Any = "auto", **between: Any) -> Loop:
@@ -397,10 +401,10 @@ def test_a_run_that_ended_goes_on(tmp_path: Path, taken: list[str]) -> None:
 # ---- a write that does not come to its end
 
 
-@pytest.mark.parametrize("where", ["sweep", "stamp", "remap"])
+@pytest.mark.parametrize("where", ["change", "stamp", "remap"])
 def test_ctrl_c_in_the_middle_of_a_write_back(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(tmp_path, save_base=False)
-    owner, name = {"sweep": (due, "sweep"), "stamp": (Slot, "stamp"), "remap": (DiskTier, "_put")}[where]
+    owner, name = {"change": (Due, "make"), "stamp": (Slot, "stamp"), "remap": (DiskTier, "_put")}[where]
     plain, calls = getattr(owner, name), iter(range(10**6))
 
     def interrupted(*given: Any, **more: Any) -> Any:
@@ -420,7 +424,7 @@ def test_ctrl_c_in_the_middle_of_a_write_back(where: str, tmp_path: Path, monkey
     assert equal(run.again(7).state(), run.exact.state())
 
 
-@pytest.mark.parametrize("broken", ["os.pwrite", "disk.checksum"])
+@pytest.mark.parametrize("broken", ["os.pwrite", "os.pwritev"])
 @pytest.mark.parametrize("goes_on", [False, True], ids=["started again", "in the same process"])
 def test_a_disk_that_fails_in_mid_run(broken: str, goes_on: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It stops with the weights of the last step, and with the log; it goes on when there is room again."""
@@ -431,19 +435,20 @@ def test_a_disk_that_fails_in_mid_run(broken: str, goes_on: bool, tmp_path: Path
     def full(*given: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(*((os, "pwrite") if broken == "os.pwrite" else (disk, "checksum")), full)
+    monkeypatch.setattr(os, broken.removeprefix("os."), full)
     with pytest.raises(OSError, match="No space left"):
         loop.windows(4)
     with pytest.raises(OSError, match="No space left"):
         loop.net.state_dict()  # never weights that lack an update
     monkeypatch.undo()
-    assert loop.optimizer.steps == 4
-    assert read_log(run.folder / "trajectory.zolog").end_step == 4
-    expected = Loop(run.setup.but(weights="exact", steps=4), tmp_path / "four").run()
+    steps = loop.optimizer.steps
+    assert steps < 9
+    assert read_log(run.folder / "trajectory.zolog").end_step == steps
+    expected = Loop(run.setup.but(weights="exact", steps=steps), tmp_path / "before").run()
     if goes_on:
         assert equal(dict(loop.net.state_dict()), dict(expected.net.state_dict()))
         loop.optimizer.discard()
-        loop.windows(4)
+        loop.windows(steps)
         assert equal(loop.end().state()["tensors"], run.exact.state()["tensors"])
     else:
         run.die(loop)

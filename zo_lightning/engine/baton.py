@@ -88,7 +88,9 @@ class Baton:
 
     def _start(self, number: int, job: Callable[[], Any], results: list[Any]) -> Future[None]:
         def body() -> None:
-            self.threads[number] = threading.get_ident()
+            with self._changed:
+                self.threads[number] = threading.get_ident()
+                self._changed.notify_all()
             self._wait(number)
             self._do(number, job, results)
             self._end(number)
@@ -99,7 +101,7 @@ class Baton:
         try:
             self._check(number)
             results[number] = job()
-        except Stopped:
+        except Stopped:  # the error is that of the earlier job
             pass
         except BaseException as error:
             self._failed[number] = error
@@ -115,9 +117,8 @@ class Baton:
         self._wait(me)
 
     def _pass(self, me: int, other: int | None) -> None:
-        if other is not None:
-            while self.threads[other] is None:  # it has only just been started
-                threading.Event().wait(1e-4)
+        with self._changed:
+            self._changed.wait_for(lambda: other is None or self.threads[other] is not None)  # it may have only just been started
         self._switch(me, other)
         with self._changed:
             self._holder = other

@@ -61,22 +61,17 @@ class Evaluator:
             try:
                 if task.residency.needs_probe():
                     self._probe(task, host)
-                streamed = task.residency if isinstance(task.residency, Offloaded) else None
-                self.lockstep = streamed is not None and self._lockstep.chosen(streamed.lockstep, len(task.points))
-                if streamed is not None and self.lockstep:
-                    return self._abreast(task, streamed, host)
-                return self._points(task, host)
+                streamed = self._lockstep.chosen(task.residency, len(task.points))
+                self.lockstep = streamed is not None
+                return self._points(task, host) if streamed is None else self._abreast(task, streamed, host)
             finally:
                 self.buffers.finish()
 
     def _probe(self, task: Task, host: HostState) -> None:
-        with self._watched(task), task.residency.probe(), task.muted():
+        with self._lockstep.watched(task.residency, task.remember), task.residency.probe(), task.muted():
             self._one(task, host)
         self.buffers.first_done()
         self.buffers.rewind()
-
-    def _watched(self, task: Task) -> AbstractContextManager[None]:
-        return self._lockstep.watched(task.remember) if isinstance(task.residency, Offloaded) else nullcontext()
 
     def _abreast(self, task: Task, residency: Offloaded, host: HostState) -> tuple[Any, list[Tensor]]:
         """The same as `_points`, with all points at once."""
@@ -110,7 +105,7 @@ class Evaluator:
         with task.residency.session():
             for index, point in enumerate(task.points):
                 unnoticed = index == (0 if task.remember is None else 1)  # all that it left behind is put back, if anything is
-                watched = self._watched(task) if unnoticed else nullcontext()
+                watched = self._lockstep.watched(task.residency, task.remember) if unnoticed else nullcontext()
                 with watched, task.residency.at(point, task.eps), task.muted() if index else nullcontext():
                     output = self._one(task, host)
                 self.count += 1

@@ -17,7 +17,7 @@ from zo_lightning.engine.malloc import one_arena
 from zo_lightning.engine.messages import say_once, tell_once
 from zo_lightning.engine.places import Place
 from zo_lightning.engine.randomness import HostState
-from zo_lightning.engine.residency import Lane, Offloaded
+from zo_lightning.engine.residency import Lane, Offloaded, Residency
 from zo_lightning.engine.undo import Undo, World
 
 Remember = Callable[[Undo], None]
@@ -58,9 +58,9 @@ class Lockstep:
         return world
 
     @contextmanager
-    def watched(self, remember: Remember | None) -> Iterator[None]:
-        """Around a pass: whether it leaves Python state behind that nobody rewinds."""
-        if self._passes < 2 or 0 < self._moved < _SURE:
+    def watched(self, residency: Residency, remember: Remember | None) -> Iterator[None]:
+        """Around a pass: whether it leaves Python state behind that nobody rewinds, where it matters."""
+        if isinstance(residency, Offloaded) and (self._passes < 2 or 0 < self._moved < _SURE):
             world = self.world(remember)
             yield
             self.left_behind(world.changed())
@@ -72,22 +72,22 @@ class Lockstep:
         self._passes += 1
         self._moved, self._what = (self._moved + 1, what) if what is not None else (0, None)
 
-    def chosen(self, asked: bool | None, points: int) -> bool:
-        """Whether to do it, which is said once. ValueError where it was asked for and is not possible."""
-        if asked is False or points < 2:
-            return False
+    def chosen(self, residency: Residency, points: int) -> Offloaded | None:
+        """The residency where to do it, which is said once; else None. ValueError where it was asked for and is not possible."""
+        if not isinstance(residency, Offloaded) or residency.lockstep is False or points < 2:
+            return None
         against = _against_now()
         if against is None and self._moved:
             if self._moved < _SURE:  # the first pass often sets what stays so from then on
-                return False
+                return None
             against = f"forward passes change Python attributes of the model, each after the one before ({self._what})"
         if against is None:
             tell_once("lockstep", _ABREAST)
-            return True
-        if asked:
+            return residency
+        if residency.lockstep:
             raise ValueError(f"lockstep=True: the evaluations of this model can't take turns: {against}. Leave lockstep= out.")
         say_once("no lockstep", f"weights=Offload(): the evaluations of a step run one after another, each reads every block: {against}.")
-        return False
+        return None
 
 
 def abreast(

@@ -133,6 +133,8 @@ class ZOOptimizer(torch.optim.Optimizer):
     @property
     def residency(self) -> Residency:
         """How perturbed weights come to exist; decided at the first step, and again when tensors are added, frozen, moved or replaced."""
+        if self._residency is not None:
+            self._residency.end_interrupted()
         if self._residency is None or signature(self.param_groups, self._residency.keeps) != self._signature:
             trained = self._trained()
             if any(p.tensor._backward_hooks or p.tensor._post_accumulate_grad_hooks for p in trained):

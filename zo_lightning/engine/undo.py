@@ -90,11 +90,7 @@ class Undo:
             attributes.update(before)
 
         attributes.update(values)
-        self.also(back)
-
-    def also(self, action: Callable[[], Any]) -> None:
-        """Do this as well."""
-        self._keep(Act(action))
+        self._keep(Act(back))
 
     def again(self) -> None:
         """Put everything back, and keep it remembered."""

@@ -1,4 +1,4 @@
-"""Parcels in buffers of the device that computes: copied ahead of their use, changed there, and copied home behind it."""
+"""Where parcels are while they are used: in buffers of the device that computes, copied ahead, changed there, and copied home behind."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from zo_lightning.engine.noise import Noise
 from zo_lightning.engine.offload.due import Due, make_in
 from zo_lightning.engine.offload.lanes import Lanes, Mark
 from zo_lightning.engine.offload.parcels import Parcel
-from zo_lightning.engine.offload.places import Place
 from zo_lightning.engine.offload.routes import Copying, Route
 from zo_lightning.engine.offload.tiers import Tier
 
@@ -33,15 +32,27 @@ class Buffer:
     """Of the parcel's tensors when it was loaded: what was written to them since is not in the buffer."""
 
 
-class InBuffers(Place):
-    """Parcels are lent in a few buffers of each size, which are used again and again; what follows is copied meanwhile.
+@dataclass
+class Traffic:
+    """What was moved since the run began: bytes of parcels that were used and written, seconds that computing waited for them."""
+
+    read: int = 0
+    written: int = 0
+    waited: float = 0.0
+
+
+class InBuffers:
+    """Lends the tensors of parcels, with all their changes, in a few buffers of each size that are used again and again.
 
     Of what will follow, as many bytes are fetched ahead as the largest parcel has. An update is made in the buffer and copied home while
-    the block computes; where that fails, it is due again, and `begin` of any parcel or `settle` raises what happened.
+    the block computes; where that fails, it is due again, and `begin` of any parcel or `settle` raises what happened. `due` has the changes
+    that each parcel still lacks, and belongs to the caller, too. A parcel is lent once at a time. Not to be called by two threads at once.
     """
 
     def __init__(self, tier: Tier, lanes: Lanes, route: Route, largest: int) -> None:
-        super().__init__(tier, lanes.device)
+        self.tier, self.device = tier, lanes.device
+        self.due: dict[Parcel, list[Due]] = {}
+        self.traffic = Traffic()
         self._lanes, self._route, self._room = lanes, route, largest
         self._free: dict[int, deque[Buffer]] = {}
         self._lent: dict[Parcel, Buffer] = {}
@@ -54,11 +65,17 @@ class InBuffers(Place):
         """How many buffers there are of each size."""
 
     def begin(self, parcel: Parcel, noise: Noise, watched: bool) -> list[Tensor]:
+        """Tensors with all changes, valid for what is computed from now on until `end`. Where it raises, nothing is lent or lost.
+
+        `watched`: it is noted who reads them, so that views of them that outlive `end` must be told from what is lent later.
+        """
         self._collect()
         began = time.perf_counter()
         buffer, loading = self._loaded(parcel, watched)
         try:
-            self._lanes.hold(loading.result())
+            mark = loading.result()
+            self._collect()  # it came after the parcel's last copy home, of which it is known now whether it failed
+            self._lanes.hold(mark)
             self.traffic.waited += time.perf_counter() - began + self._lanes.stalled()
             views = parcel.views(lambda begin, end: buffer.memory[begin:end])
             due = self.due.get(parcel)
@@ -72,9 +89,11 @@ class InBuffers(Place):
         return views
 
     def end(self, parcel: Parcel) -> None:
+        """What was lent is not used any more."""
         self._give(parcel, self._lent.pop(parcel))
 
     def announce(self, parcels: Sequence[Parcel]) -> None:
+        """These will follow, in this order."""
         for parcel in [parcel for parcel in self._ahead if parcel not in parcels]:
             self._give(parcel, self._ahead.pop(parcel)[0])
         room = self._room - sum(parcel.nbytes for parcel in self._ahead)
@@ -88,6 +107,7 @@ class InBuffers(Place):
             self._ahead[parcel] = self._load(parcel, self._take(parcel))
 
     def settle(self) -> None:
+        """Wait until all that was changed is at home; forget what was fetched ahead. OSError where it can't be written."""
         for parcel in list(self._ahead):
             self._give(parcel, self._ahead.pop(parcel)[0])
         self._collect(wait=True)

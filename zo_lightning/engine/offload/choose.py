@@ -14,9 +14,8 @@ from zo_lightning.engine.offload.buffers import InBuffers
 from zo_lightning.engine.offload.disk import DiskTier
 from zo_lightning.engine.offload.lanes import PageLanes, lanes_of
 from zo_lightning.engine.offload.parcels import Parcel
-from zo_lightning.engine.offload.places import AtHome, Place
-from zo_lightning.engine.offload.routes import Direct, PastCache, Route, Staged
-from zo_lightning.engine.offload.tiers import MemoryTier, Tier
+from zo_lightning.engine.offload.routes import Files, Staged, Straight
+from zo_lightning.engine.offload.tiers import MemoryTier
 
 TIERS: dict[str, object] = {"auto": None, "disk": DiskTier, "memory": MemoryTier}
 
@@ -65,7 +64,7 @@ class Offload:
             )
         return chosen
 
-    def place(self, parcels: Sequence[Parcel], device: torch.device, anew: bool = False) -> Place:
+    def place(self, parcels: Sequence[Parcel], device: torch.device, anew: bool = False) -> InBuffers:
         """Where the parcels go, with what they have now. OSError or MemoryError where there is no room.
 
         `anew`: the files that are there are this run's own.
@@ -75,22 +74,14 @@ class Offload:
             raise ValueError(f"weights=Offload() streams from files on Linux so far; this is {sys.platform}. Use weights='exact'.")
         if on_disk and device.type == "cpu":
             tier = DiskTier(self.folder, parcels, anew)
-            return past_cache(tier, parcels, device) if tier.direct else AtHome(tier, device)
+            return InBuffers(tier, PageLanes(device), Files(tier), max(parcel.nbytes for parcel in parcels))
         return in_buffers(DiskTier(self.folder, parcels, anew) if on_disk else None, parcels, device)
 
 
-def past_cache(tier: DiskTier, parcels: Sequence[Parcel], device: torch.device) -> InBuffers:
-    """Buffers that threads fill from files and write to files, past the system's cache."""
-    return InBuffers(tier, PageLanes(device), PastCache(tier), max(parcel.nbytes for parcel in parcels))
-
-
-def in_buffers(tier: Tier | None, parcels: Sequence[Parcel], device: torch.device) -> InBuffers:
+def in_buffers(tier: DiskTier | None, parcels: Sequence[Parcel], device: torch.device) -> InBuffers:
     """Buffers of the device, filled by threads from a tier of files, or straight from memory where `tier` is None."""
     lanes, largest = lanes_of(device), max(parcel.nbytes for parcel in parcels)
-    route: Route
-    if tier is None:
-        tier = MemoryTier(parcels, lanes)
-        route = Direct(tier, lanes)
-    else:
-        route = Staged(tier, lanes, largest)
-    return InBuffers(tier, lanes, route, largest)
+    if tier is not None:
+        return InBuffers(tier, lanes, Staged(tier, lanes, largest), largest)
+    memory = MemoryTier(parcels, lanes)
+    return InBuffers(memory, lanes, Straight(memory, lanes), largest)

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from zo_lightning.engine.offload.direct import open_direct, rounded, transfer
 from zo_lightning.engine.offload.folders import clear, describe, describes
 from zo_lightning.engine.offload.mapped import PAGE, Mapped, forget
 from zo_lightning.engine.offload.parcels import Parcel
 from zo_lightning.engine.offload.sources import Source, source_of
 from zo_lightning.engine.offload.stamps import Moment, Stamp, checksum, decode
 from zo_lightning.engine.offload.tiers import Tier
+from zo_lightning.engine.offload.transfers import open_direct, pages, rounded, transfer
 
 try:
     import fcntl
@@ -38,9 +38,17 @@ class Slot:
         self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         descriptors.append(self.descriptor)
         os.posix_fallocate(self.descriptor, 0, self.nbytes + PAGE)  # a full disk is an error now, not in the middle of a run
-        self.direct = open_direct(path)
-        """For transfers between the disk and memory of whole pages past the system's cache; None where the file system has none."""
-        descriptors += [] if self.direct is None else [self.direct]
+        direct = open_direct(path)
+        descriptors += [] if direct is None else [direct]
+        self._transfers = self.descriptor if direct is None else direct
+
+    def read(self, memory: Tensor) -> None:
+        """All bytes but the stamp, to whole pages of at least their number."""
+        transfer(os.preadv, self._transfers, memory, self.nbytes)
+
+    def write(self, memory: Tensor) -> None:
+        """The same the other way round."""
+        transfer(os.pwritev, self._transfers, memory, self.nbytes)
 
     def stamp(self, stamp: Stamp) -> None:
         """Say what the slot has now."""
@@ -84,7 +92,7 @@ class DiskTier(Tier):
         self.undecided = not anew and describes(self.folder, parcels)
         if not self.undecided:
             clear(self.folder)
-        wanted = Counter(_rounded(parcel) for parcel in parcels)
+        wanted = Counter(rounded(parcel.nbytes) for parcel in parcels)
         sizes = [size for size, count in sorted(wanted.items()) for _ in range(count + 1)]
         slots = []
         try:
@@ -94,9 +102,6 @@ class DiskTier(Tier):
             why = f"There is no room for {sum(sizes) / 1e6:.1f} MB of weights in {self.folder}: {error.strerror}"
             raise OSError(error.errno, why) from error
         self._free: dict[int, list[Slot]] = {size: [slot for slot in slots if slot.nbytes == size] for size in wanted}
-        self.direct = all(slot.direct is not None for slot in slots)
-        """Whether `read` and `write_from` may be used."""
-        self._drafts = {size: Mapped(free[-1].descriptor, size) for size, free in self._free.items()}
         self._slots: dict[Parcel, Slot] = {}
         self._maps: dict[Parcel, Mapped] = {}
         self._parcels = list(parcels)
@@ -114,28 +119,24 @@ class DiskTier(Tier):
                 self.write(parcel, self._homes[parcel], moment)
 
     def write(self, parcel: Parcel, places: Sequence[Tensor], moment: Moment) -> None:
-        for draft, place in zip(self.draft(parcel), places, strict=True):
-            draft.copy_(place)
-        self.commit(parcel, moment)
+        memory = pages(parcel.nbytes)
+        _copy(places, parcel, memory)
+        self.write_pages(parcel, memory, moment, checksum(memory))
 
-    def read(self, parcel: Parcel, memory: Tensor) -> None:
-        """Read it into whole pages (uint8) of at least its size, past the system's cache."""
-        slot = self._slots.get(parcel)
-        if slot is None or slot.direct is None:
-            for home, view in zip(self.home(parcel), parcel.views(lambda begin, end: memory[begin:end]), strict=True):
-                view.copy_(home)
-            memory[parcel.nbytes : _rounded(parcel)].zero_()
-            self.forget(parcel)
+    def read_pages(self, parcel: Parcel, memory: Tensor) -> None:
+        """Read it into whole pages (uint8) of at least its size."""
+        if parcel in self._slots:
+            self._slots[parcel].read(memory)
         else:
-            transfer(os.preadv, slot.direct, memory, slot.nbytes)
+            _copy(self._homes[parcel], parcel, memory)
+            memory[parcel.nbytes : rounded(parcel.nbytes)].zero_()
+            self.forget(parcel)
 
-    def write_from(self, parcel: Parcel, memory: Tensor, moment: Moment, sums: str) -> None:
-        """The same as `write`, from whole pages with this checksum, past the system's cache."""
-        size = _rounded(parcel)
+    def write_pages(self, parcel: Parcel, memory: Tensor, moment: Moment, sums: str) -> None:
+        """Whole pages with this checksum are the parcel at `moment` from now on; what it was is kept until a free slot is needed."""
+        size = rounded(parcel.nbytes)
         slot = self._free[size][-1]
-        if slot.direct is None:
-            raise ValueError(f"{slot.path} can't be written past the system's cache.")
-        transfer(os.pwritev, slot.direct, memory, size)
+        slot.write(memory)
         slot.stamp(Stamp(parcel.name, moment, sums))
         self._put(parcel, self._free[size].pop())
 
@@ -152,13 +153,8 @@ class DiskTier(Tier):
                     yield slot, stamp
 
     def whole(self, slot: Slot, stamp: Stamp) -> bool:
-        """Whether the bytes of a free slot are those that were stamped."""
-        draft = self._drafts[slot.nbytes]
-        draft.move(slot.descriptor)
-        draft.fetch()
-        found = checksum(draft.stretch(0, slot.nbytes))
-        draft.forget()
-        return found == stamp.checksum
+        """Whether the bytes of a slot are those that were stamped."""
+        return _checksum(slot) == stamp.checksum
 
     def take(self, parcel: Parcel, slot: Slot) -> None:
         """What a free slot has is the parcel from now on."""
@@ -168,33 +164,11 @@ class DiskTier(Tier):
     def bind(self, moment: Moment) -> None:
         """All parcels that have slots are those of this moment."""
         for parcel, slot in self._slots.items():
-            stretch = self._maps[parcel].stretch(0, slot.nbytes)
-            slot.stamp(Stamp(parcel.name, moment, checksum(stretch)))
-            self._maps[parcel].forget()
+            slot.stamp(Stamp(parcel.name, moment, _checksum(slot)))
 
     def home(self, parcel: Parcel) -> list[Tensor]:
-        """The tensors as they are in the file: to be read and written anywhere, at addresses that stay after the first `commit`."""
+        """The tensors as they are in the file: to be read and written anywhere, at addresses that stay after it was first written."""
         return self._homes[parcel]
-
-    def moved_in(self, parcel: Parcel) -> bool:
-        """Whether it has a slot, in which its tensors are aligned; otherwise it is still in safetensors files."""
-        return parcel in self._slots
-
-    def announce(self, parcel: Parcel) -> None:
-        """It will be used soon: the system may get it from the disk meanwhile."""
-        if parcel in self._slots:
-            os.posix_fadvise(self._slots[parcel].descriptor, 0, parcel.nbytes, os.POSIX_FADV_WILLNEED)
-            return
-        for p, source in zip(parcel.tensors, self._sources[parcel], strict=True):
-            if source is not None:
-                descriptor = os.open(source.path, os.O_RDONLY)
-                os.posix_fadvise(descriptor, source.offset, p.tensor.nbytes, os.POSIX_FADV_WILLNEED)
-                os.close(descriptor)
-
-    def fetch(self, parcel: Parcel) -> None:
-        """Wait until it is in memory."""
-        if parcel in self._maps:
-            self._maps[parcel].fetch()
 
     def forget(self, parcel: Parcel) -> None:
         """Take the pages that were used at home out of the process's memory."""
@@ -203,21 +177,6 @@ class DiskTier(Tier):
         elif self._reads_files(parcel):
             for tensor in self._homes[parcel]:
                 forget(tensor)
-
-    def draft(self, parcel: Parcel) -> list[Tensor]:
-        """Tensors like the parcel's in a slot that nobody uses, to be filled before `commit`."""
-        size = _rounded(parcel)
-        self._drafts[size].move(self._free[size][-1].descriptor)
-        self._drafts[size].fetch(write=True)
-        return parcel.views(self._drafts[size].stretch)
-
-    def commit(self, parcel: Parcel, moment: Moment) -> None:
-        """What was written to the draft is the parcel at `moment`, from now on; what it was before is kept until the next draft."""
-        size = _rounded(parcel)
-        slot = self._free[size][-1]
-        slot.stamp(Stamp(parcel.name, moment, checksum(self._drafts[size].stretch(0, size))))
-        self._drafts[size].forget()
-        self._put(parcel, self._free[size].pop())
 
     def _put(self, parcel: Parcel, slot: Slot) -> None:
         old = self._slots.get(parcel)
@@ -231,8 +190,15 @@ class DiskTier(Tier):
             self._free[old.nbytes].append(old)
 
 
-def _rounded(parcel: Parcel) -> int:
-    return rounded(parcel.nbytes)
+def _copy(places: Sequence[Tensor], parcel: Parcel, memory: Tensor) -> None:
+    for place, view in zip(places, parcel.views(lambda begin, end: memory[begin:end]), strict=True):
+        view.copy_(place)
+
+
+def _checksum(slot: Slot) -> str:
+    memory = pages(slot.nbytes)
+    slot.read(memory)
+    return checksum(memory)
 
 
 def _locked(folder: Path) -> int:

@@ -1,4 +1,4 @@
-"""Changes that a parcel still lacks, and how they are made: on the way from one place to another, or where the weights are."""
+"""Changes that a parcel still lacks, and how they are made where its weights are just then."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import replace
 from torch import Tensor
 
 from zo_lightning.engine.masks.state import Masks
-from zo_lightning.engine.noise import Change, Item, Noise, sweep
+from zo_lightning.engine.noise import Change, Noise
 from zo_lightning.engine.noise.changes import apply_changes
-from zo_lightning.engine.noise.members import Listed, Members
+from zo_lightning.engine.noise.members import Members
 from zo_lightning.engine.offload.parcels import FROZEN, Parcel
 from zo_lightning.engine.offload.stamps import Moment
 from zo_lightning.engine.parameters import Trained
@@ -44,20 +44,4 @@ def make_in(parcel: Parcel, due: Sequence[Due], places: Sequence[Tensor], noise:
     """Make all changes where the tensors are."""
     weights = [replace(p, tensor=place) for p, place in zip(parcel.tensors, places, strict=True)]
     for one in due:
-        one.make(weights, noise)
-
-
-def make_between(parcel: Parcel, due: Sequence[Due], homes: Sequence[Tensor], drafts: Sequence[Tensor], noise: Noise) -> None:
-    """Make the first change on the way from `homes` to `drafts`, the others there."""
-    first, weights = due[0], [replace(p, tensor=draft) for p, draft in zip(parcel.tensors, drafts, strict=True)]
-    on_the_way = [first.moves(p) and not isinstance(first.mask_of(p), Listed) for p in weights]
-    items = []
-    for p, home, there in zip(weights, homes, on_the_way, strict=True):
-        if there:
-            items.append(Item(p.tensor, home, p.key, *first.change.steps[p.group], mask=first.mask_of(p)))
-        else:
-            p.tensor.copy_(home)
-    sweep(items, first.change.seeds, noise, rounding=first.change.rounding)
-    first.make([p for p, there in zip(weights, on_the_way, strict=True) if not there], noise)
-    for one in due[1:]:
         one.make(weights, noise)

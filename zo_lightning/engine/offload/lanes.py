@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zo_lightning.engine.offload.direct import pages
+from zo_lightning.engine.offload.transfers import pages
 
 Mark = Any
 """A point in what the device was told to do: an event, or None where everything is done when it is asked for."""
@@ -60,7 +60,7 @@ class Lanes:
 
 
 class PageLanes(Lanes):
-    """On the CPU, with buffers of whole pages, which transfers past the system's cache need."""
+    """On the CPU, with buffers of whole pages, which files are read into."""
 
     def empty(self, nbytes: int) -> Tensor:
         return pages(nbytes)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 PAGE = mmap.PAGESIZE
 _SHARED, _FIXED, _READ_WRITE = 0x01, 0x10, mmap.PROT_READ | mmap.PROT_WRITE
-_DONT_NEED, _POPULATE_READ, _POPULATE_WRITE = 4, 22, 23
+_DONT_NEED = 4
 
 
 class Mapped:
@@ -43,11 +43,6 @@ class Mapped:
     def forget(self) -> None:
         """The process does not need the pages just now; what was written is in the file."""
         _libc().madvise(self._address, self.nbytes, _DONT_NEED)
-
-    def fetch(self, write: bool = False) -> None:
-        """Have all pages in memory, from the disk where they are not in the system's cache; else each first use would wait for one."""
-        advice = _POPULATE_WRITE if write else _POPULATE_READ
-        _libc().madvise(self._address, self.nbytes, advice)  # where there is none (before Linux 5.14) first uses wait
 
 
 def forget(tensor: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The two ways between a tier and buffers of the device: straight from pinned memory, or from files by threads through a staging buffer."""
+"""The ways between a tier and buffers of the device: straight from CPU memory, or by threads from files, staged where they must be."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zo_lightning.engine.offload.direct import rounded
 from zo_lightning.engine.offload.disk import DiskTier
 from zo_lightning.engine.offload.lanes import Lanes, Mark
 from zo_lightning.engine.offload.parcels import Parcel
 from zo_lightning.engine.offload.stamps import Moment, checksum
-from zo_lightning.engine.offload.tiers import MemoryTier, Pinned, Tier
+from zo_lightning.engine.offload.tiers import MemoryTier, Pinned
+from zo_lightning.engine.offload.transfers import rounded
 
 Copying = Future[Mark]
 """A copy that will be asked for; its result is the mark of the copy's end."""
@@ -33,7 +33,7 @@ class Route(ABC):
         """What the device has is the parcel at `moment`; the copy has ended when it is at home."""
 
 
-class Direct(Route):
+class Straight(Route):
     """From and to CPU memory, which is pinned where the device computes beside it: one copy each, and nobody waits."""
 
     def __init__(self, tier: MemoryTier, lanes: Lanes) -> None:
@@ -47,13 +47,13 @@ class Direct(Route):
 
 
 class Staged(Route):
-    """From and to a tier whose tensors can't be pinned: a thread for each direction copies through memory that is."""
+    """From and to files, to a device that can't be read into: a thread for each direction copies through memory that is pinned."""
 
-    def __init__(self, tier: Tier, lanes: Lanes, largest: int) -> None:
+    def __init__(self, tier: DiskTier, lanes: Lanes, largest: int) -> None:
         self._tier, self._lanes = tier, lanes
         self._reader, self._writer = (ThreadPoolExecutor(1, f"zo-{name}") for name in ("read", "write"))
         self._memory = Pinned(lanes)
-        self._in, self._out = (self._memory.allocate(largest, 2 * largest) for _ in range(2))
+        self._in, self._out = (self._memory.allocate(rounded(largest), 2 * largest) for _ in range(2))
 
     def load(self, parcel: Parcel, memory: Tensor, after: Sequence[Mark | Copying]) -> Copying:
         return self._reader.submit(self._load, parcel, memory, after)
@@ -61,10 +61,7 @@ class Staged(Route):
     def _load(self, parcel: Parcel, memory: Tensor, after: Sequence[Mark | Copying]) -> Mark:
         with self._lanes.here(), torch.no_grad():
             marks = _marks(after)  # of the parcel's own way home, too: it is read once that has ended
-            self._tier.fetch(parcel)
-            for home, view in zip(self._tier.home(parcel), _views(parcel, self._in), strict=True):
-                view.copy_(home)
-            self._tier.forget(parcel)
+            self._tier.read_pages(parcel, self._in)
             mark = self._lanes.inward(memory[: parcel.nbytes], self._in[: parcel.nbytes], marks)
             self._lanes.join(mark)  # the staging buffer is free again
             return mark
@@ -74,15 +71,14 @@ class Staged(Route):
 
     def _save(self, parcel: Parcel, memory: Tensor, after: Sequence[Mark], moment: Moment) -> Mark:
         with self._lanes.here(), torch.no_grad():
-            staged = self._out[: parcel.nbytes]
-            mark = self._lanes.outward(staged, memory[: parcel.nbytes], after)
+            mark = self._lanes.outward(self._out[: parcel.nbytes], memory[: parcel.nbytes], after)
             self._lanes.join(mark)
-            self._tier.write(parcel, _views(parcel, staged), moment)
+            self._tier.write_pages(parcel, self._out, moment, checksum(self._out[: rounded(parcel.nbytes)]))
             return mark
 
 
-class PastCache(Route):
-    """From and to files on a CPU machine: a thread for each direction, which only waits for the disk."""
+class Files(Route):
+    """From and to files where the CPU computes: a thread for each direction, which only waits for the disk."""
 
     def __init__(self, tier: DiskTier) -> None:
         self._tier = tier
@@ -94,15 +90,11 @@ class PastCache(Route):
     def _load(self, parcel: Parcel, memory: Tensor, after: Sequence[Mark | Copying]) -> Mark:
         _marks(after)
         with torch.no_grad():
-            self._tier.read(parcel, memory)
+            self._tier.read_pages(parcel, memory)
 
     def save(self, parcel: Parcel, memory: Tensor, after: Sequence[Mark], moment: Moment) -> Copying:
         sums = checksum(memory[: rounded(parcel.nbytes)])  # here, by all cores
-        return self._writer.submit(self._tier.write_from, parcel, memory, moment, sums)
-
-
-def _views(parcel: Parcel, memory: Tensor) -> list[Tensor]:
-    return parcel.views(lambda begin, end: memory[begin:end])
+        return self._writer.submit(self._tier.write_pages, parcel, memory, moment, sums)
 
 
 def _done(mark: Mark) -> Copying:

@@ -40,9 +40,6 @@ class Tier(ABC):
     def bind(self, moment: Moment) -> None:  # noqa: B027
         """All parcels are those of this moment."""
 
-    def fetch(self, parcel: Parcel) -> None:  # noqa: B027
-        """Wait until it is in memory."""
-
     def forget(self, parcel: Parcel) -> None:  # noqa: B027
         """It is not needed in memory just now."""
 

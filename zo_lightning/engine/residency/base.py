@@ -96,6 +96,9 @@ class Residency(ABC):
         """Inside it, forward passes may find weights of any step: what is looked for does not depend on them."""
         return nullcontext()
 
+    def end_interrupted(self) -> None:  # noqa: B027
+        """Close what forward passes left open that ended without a word (Ctrl-C), where this residency opens anything."""
+
     def close(self) -> None:  # noqa: B027
         """Another residency takes its place, or the run ends: make the updates that are still to be made."""
 

@@ -3,44 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from zo_lightning.engine.estimators import Displacement
 from zo_lightning.engine.parameters import Trained
+from zo_lightning.engine.residency.running import OpenModules
 from zo_lightning.engine.residency.swap import Swap
 from zo_lightning.engine.residency.units import Unit
-
-
-class OpenModules:
-    """The modules that run, and what is to be closed when they end."""
-
-    def __init__(self) -> None:
-        self._entries: list[tuple[nn.Module, ExitStack]] = []
-
-    def __bool__(self) -> bool:
-        return bool(self._entries)
-
-    def entered(self, module: nn.Module, stack: ExitStack) -> None:
-        """A module begins to run."""
-        self._entries.append((module, stack))
-
-    def left(self, module: nn.Module) -> None:
-        """It ended, and so did all that began after it (what an interrupt left open)."""
-        if any(one is module for one, _ in self._entries):
-            while True:
-                one, stack = self._entries.pop()
-                stack.close()
-                if one is module:
-                    break
-
-    def close(self, ended: Callable[[nn.Module], bool] = lambda module: True) -> None:
-        """After an exception: what is still open, innermost first, until one that has not `ended`."""
-        while self._entries and ended(self._entries[-1][0]):
-            self._entries.pop()[1].close()
 
 
 @dataclass

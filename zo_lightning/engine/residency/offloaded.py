@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -22,10 +20,10 @@ from zo_lightning.engine.noise.members import Listed
 from zo_lightning.engine.offload import Offload, Parcel, Traffic, parcels_of
 from zo_lightning.engine.offload.hooks import Hook
 from zo_lightning.engine.offload.parcels import FROZEN
-from zo_lightning.engine.offload.places import AtHome
 from zo_lightning.engine.parameters import Trained, names_of
 from zo_lightning.engine.residency.base import Residency
-from zo_lightning.engine.residency.lane import OpenModules
+from zo_lightning.engine.residency.borders import Borders
+from zo_lightning.engine.residency.running import Running
 from zo_lightning.engine.residency.scratch import _point, _without_modes
 from zo_lightning.engine.residency.stamped import Stamped
 from zo_lightning.engine.residency.swap import Swap
@@ -33,8 +31,6 @@ from zo_lightning.engine.residency.units import Unit, compiled_part
 from zo_lightning.engine.signals import held
 
 __all__ = ["Offload", "Offloaded", "Traffic"]
-
-_CALL = nn.Module._call_impl.__code__
 
 Holders = dict[nn.Module | None, list[Parcel]]
 """The parcels that a module uses; under None those that no module owns."""
@@ -73,12 +69,8 @@ class Offloaded(Stamped):
         """By id of a parameter the address where it is while nobody uses it."""
         self._follows: dict[tuple[Parcel | None, Parcel], Parcel] = {}
         self._last: tuple[Parcel | None, Parcel | None] = (None, None)
-        self._running: dict[int, OpenModules] = {}
-        """By thread: the modules that run, with what they use."""
-        self._baton: Baton | None = None
-        self._waiting: dict[int, ExitStack] = {}
-        """By border: what an evaluation used behind it and others are going to use."""
-        self._border = 0
+        self._running = Running()
+        self._borders = Borders(self._used)
         self._kind: type[nn.Module] | None = None
         """Of the module that ran last."""
         self.lockstep = offload.lockstep
@@ -179,62 +171,31 @@ class Offloaded(Stamped):
             self._kind = type(module)
             stack = ExitStack()
             stack.enter_context(self._used(parcels))
-            if self._baton is not None and self._baton.runs():
-                self._for_others(self._baton, parcels)
-            self._running.setdefault(threading.get_ident(), OpenModules()).entered(module, stack)
+            self._borders.keep(parcels)
+            self._running.entered(module, stack)
 
         return hook
 
     def _leaving(self, module: nn.Module, args: Any, output: Any) -> None:
-        running = self._running.get(threading.get_ident())
-        if running:
-            running.left(module)
+        self._running.left(module)
 
-    def _end_interrupted(self) -> None:
-        """Ctrl-C ends forward passes without a word: end the use of what modules use that do not run any more."""
-        for thread, running in list(self._running.items()):
-            running.close(_runs_no_more(thread))
-
-    # ---- evaluations that take turns
+    def end_interrupted(self) -> None:
+        self._running.end_interrupted()
 
     @contextmanager
     def taking_turns(self, baton: Baton) -> Iterator[None]:
         """Around evaluations of which one runs at a time: they hand over where a module begins that uses files."""
-
-        def border(module: nn.Module, args: Any) -> None:
-            if baton.runs():
-                self._border = baton.border()
-
-        before = Hook(torch.compiler.disable(border))
-        with self._turns.turn(), ExitStack() as hooks:
-            hooks.callback(self._end_waiting)
-            for module in self._holders:
-                if module is not None:
-                    hooks.callback(module.register_forward_pre_hook(before, prepend=True).remove)
-            self._baton = baton
-            yield
-
-    def _end_waiting(self) -> None:
-        self._baton = None
-        self._end_interrupted()
-        while self._waiting:
-            self._waiting.popitem()[1].close()
+        users = [module for module in self._holders if module is not None]
+        with self._turns.turn(), self._borders.between(users, baton):
+            try:
+                yield
+            finally:
+                self._running.end_interrupted()
 
     def hand_to(self, thread: int | None) -> None:
         """The evaluation of another thread goes on."""
         if thread is not None:
             self._turns.hand_to(thread)
-
-    def _for_others(self, baton: Baton, parcels: Sequence[Parcel]) -> None:
-        """What is used here stays until the last evaluation has begun to use it."""
-        border = self._border
-        if not baton.awaited(border):
-            others = self._waiting.pop(border, None)
-            if others is not None:
-                others.close()
-        elif border not in self._waiting:
-            self._waiting[border] = ExitStack()
-            self._waiting[border].enter_context(self._used(parcels))
 
     def _based(self, parameters: Sequence[Trained]) -> AbstractContextManager[None]:
         return self._used(list(dict.fromkeys(self._of[id(p)] for p in parameters if id(p) in self._of)))
@@ -250,13 +211,11 @@ class Offloaded(Stamped):
             yield
 
     def _begin_use(self, parcel: Parcel) -> None:
-        if self._users[parcel] and parcel in self._due:
-            self._end_interrupted()
         self._users[parcel] += 1
         if self._users[parcel] > 1:
             return
         # before the first watched pass, nobody knows which views outlive their module
-        watched = self._watch is not None or not (self._paths.watched or isinstance(self._place, AtHome))
+        watched = self._watch is not None or not self._paths.watched
         try:
             if self._late(parcel):
                 self._go_back(parcel)
@@ -373,7 +332,7 @@ class Offloaded(Stamped):
 
     @contextmanager
     def session(self) -> Iterator[None]:
-        self._end_interrupted()
+        self.end_interrupted()
         try:
             with super().session():
                 yield
@@ -387,6 +346,7 @@ class Offloaded(Stamped):
     def flush(self) -> None:
         """Make all changes that are due. OSError where they can't be written."""
         with self._turns.turn():
+            self.end_interrupted()
             for parcel in self._parcels:
                 if parcel in self._due or self._late(parcel):
                     with self._used([parcel]):
@@ -412,17 +372,6 @@ class Offloaded(Stamped):
         self.flush()
         for hook in self._hooks_of_base:
             hook.remove()
-
-
-def _runs_no_more(thread: int) -> Callable[[nn.Module], bool]:
-    """Whether a thread is calling a module at this moment no more."""
-    found: set[int] = set()
-    frame = sys._current_frames().get(thread)
-    while frame is not None:
-        if frame.f_code is _CALL:
-            found.add(id(frame.f_locals["self"]))
-        frame = frame.f_back
-    return lambda module: id(module) not in found
 
 
 def _check(module: nn.Module) -> None:

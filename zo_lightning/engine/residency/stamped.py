@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from zo_lightning.engine.noise import Change, Noise
-from zo_lightning.engine.offload import DiskTier, Parcel, Place
+from zo_lightning.engine.offload import DiskTier, InBuffers, Parcel
 from zo_lightning.engine.offload.ahead import Ahead, Origin
 from zo_lightning.engine.offload.disk import Slot
 from zo_lightning.engine.offload.due import Due
@@ -25,7 +25,7 @@ from zo_lightning.engine.signals import held
 class Stamped(Exact):
     """Knows for each parcel the changes that are due, and after which step of which log its weights are."""
 
-    _place: Place
+    _place: InBuffers
     _parcels: list[Parcel]
 
     def __init__(self, module: nn.Module, trained: Sequence[Trained], noise: Noise) -> None:

@@ -1,4 +1,4 @@
-"""Transfers between files and memory past the system's cache: they take no time of the cores that compute."""
+"""Transfers of whole pages between files and memory, past the system's cache where the file system can: they take no time of cores."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def rounded(nbytes: int) -> int:
 
 
 def open_direct(path: Path) -> int | None:
-    """A descriptor of a file with a whole page, for `transfer`; None where the file system has no such transfers."""
+    """A descriptor of a file with a whole page, whose transfers go past the system's cache; None where the file system has none."""
     if not hasattr(os, "O_DIRECT"):
         return None
     try:
