@@ -24,7 +24,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import lightning as L
 import torch
 import transformers
+from kill_offload import PLACES as IN_FILES
+from kill_offload import count_stamps, die, die_offloaded, stamps_of
 from lightning.pytorch.callbacks import ModelCheckpoint
 from measure import environment, write
 from torch import Tensor, nn
@@ -43,11 +45,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from zo_lightning import ZOStrategy
 from zo_lightning.callbacks import SparseMask, TrajectoryLog, WeightOffload
 from zo_lightning.engine.evaluation import Evaluator
-from zo_lightning.engine.offload import due
-from zo_lightning.engine.offload.ahead import Ahead
-from zo_lightning.engine.offload.disk import Slot
-from zo_lightning.engine.offload.stamps import Stamp
-from zo_lightning.engine.residency import Offloaded, Residency
+from zo_lightning.engine.residency import Residency
 from zo_lightning.engine.trajectory import read_log, writer
 from zo_lightning.engine.trajectory.comparing import NAME
 from zo_lightning.hf_integration import ZOConfig, ZOTrainer
@@ -55,7 +53,7 @@ from zo_lightning.hf_integration import ZOConfig, ZOTrainer
 STEPS, EVERY, BATCH = 30, 7, 4
 PLACES = {"forward": 2 * STEPS, "update": STEPS, "record": STEPS, "checkpoint": 9}
 """What is interrupted in the middle, and at most how many of it a run has."""
-OF_OFFLOAD = {"draft": 5 * STEPS, "stamp": 5 * STEPS, "flush": STEPS // 2}
+OF_OFFLOAD = dict(zip(IN_FILES, (5 * STEPS, 5 * STEPS, STEPS // 2), strict=True))
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "masked": {"mask": True, "dtype": "bfloat16"},
@@ -181,11 +179,6 @@ def hf_run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 RUNS: dict[str, Callable[[Path, argparse.Namespace], dict[str, Any]]] = {"lightning": lightning_run, "hf": hf_run}
 
 
-def die() -> None:
-    """What a power cut does to this process."""
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def die_inside(place: str, occurrence: int) -> None:
     """Let this process be killed in the middle of the n-th forward pass, update, record or checkpoint."""
     left = [occurrence]
@@ -242,69 +235,6 @@ def die_inside(place: str, occurrence: int) -> None:
                 die()
 
         torch.save = saved  # type: ignore[assignment]
-
-
-def die_offloaded(place: str, now: Callable[[], bool]) -> None:
-    """In the middle of what weights in files do beside: writing a block, stamping it, making all updates that are due."""
-    if place == "draft":
-        sweep: Callable[..., None] = vars(due)["sweep"]
-
-        def swept(items: Sequence[Any], *args: Any, **kwargs: Any) -> None:
-            sweep(items, *args, **kwargs)
-            if now():
-                for item in items:
-                    item.out.view(-1)[item.out.numel() // 2 :].zero_()  # what is not written yet
-                die()
-
-        vars(due)["sweep"] = swept
-    elif place == "stamp":
-        plain = Slot.stamp
-
-        def stamped(self: Slot, stamp: Stamp) -> None:
-            if not now():
-                plain(self, stamp)
-                return
-            when = random.choice(("before", "within", "after"))
-            if when == "within":
-                os.pwrite(self.descriptor, stamp.encode()[: random.randrange(80)], self.nbytes)
-            elif when == "after":
-                plain(self, stamp)
-            die()
-
-        Slot.stamp = stamped  # type: ignore[method-assign]
-    else:
-        flush = Offloaded.flush
-
-        def flushed(self: Offloaded) -> None:
-            if now():
-                due = [parcel for parcel in self.parcels if parcel in self._due]
-                with self._used(due[: (len(due) + 1) // 2]):
-                    die()
-            flush(self)
-
-        Offloaded.flush = flushed  # type: ignore[method-assign]
-
-
-def count_stamps(file: Path) -> None:
-    """Note in a file what a process that goes on takes from slots, and whether it went back to the weights of the beginning."""
-
-    def noted(kind: str, plain: Callable[..., Any], number: Callable[..., int]) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            with file.open("a") as lines:
-                lines.write(f"{os.getpid()} {kind} {number(*args)}\n")
-            return plain(*args)
-
-        return call
-
-    Offloaded.adopt = noted("taken", Offloaded.adopt, lambda self, made, found, origin: len(found))  # type: ignore[method-assign]
-    Ahead.back = noted("back", Ahead.back, lambda self, *rest: 1)  # type: ignore[method-assign]
-
-
-def stamps_of(file: Path) -> Counter[str]:
-    """How many processes went on from stamps, and how many of them did not go back."""
-    lines = [line.split() for line in file.read_text().splitlines()] if file.exists() else []
-    took, back = ({pid for pid, kind, number in lines if kind == one and int(number)} for one in ("taken", "back"))
-    return Counter({"from stamps": len(took), "from stamps alone": len(took - back)})
 
 
 def child(host: str, folder: Path, options: argparse.Namespace, plan: tuple[str, int] | None) -> int:

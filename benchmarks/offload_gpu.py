@@ -108,7 +108,8 @@ def measured(name: str, shape: tuple[int, int, int], batch: tuple[int, int], opt
         "zo2_bytes": int(ZO2_GB[name] * 1e9) if name in ZO2_GB else None,
     }
     residency = streamed.optimizer.residency
-    assert isinstance(residency, Offloaded)  # noqa: S101
+    if not isinstance(residency, Offloaded):
+        raise TypeError(f"The run that streams has its weights in {type(residency).__name__}.")
     if options.resident:
         runs["resident"] = Run(shape, options, batch, "exact")
         for _ in range(options.steps):

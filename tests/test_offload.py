@@ -1,8 +1,7 @@
-"""weights=Offload(): losses and weights of "exact", bit for bit, in every kind of model, and whatever happens between the steps."""
+"""weights=Offload() from files: their slots, models opened from safetensors, and whatever happens between the steps."""
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import subprocess
@@ -30,7 +29,6 @@ from transformers import (
 from zo_lightning.engine import SPSA, ZOOptimizer
 from zo_lightning.engine.masks import Mask, Sensitive
 from zo_lightning.engine.offload import open_weights, transfers
-from zo_lightning.engine.offload.disk import Slot
 from zo_lightning.engine.offload.mapped import PAGE
 from zo_lightning.engine.offload.stamps import Moment, checksum
 from zo_lightning.engine.residency import Offload, Offloaded
@@ -119,18 +117,6 @@ def offloaded(optimizer: ZOOptimizer) -> Offloaded:
     return residency
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", MODELS)
-def test_every_kind_of_model(kind: str, dtype: torch.dtype) -> None:
-    one, other = made(kind, dtype), made(kind, dtype)
-    expected, _ = train(one, "exact")
-    found, optimizer = train(other, Offload())
-    assert found == expected
-    assert evaluated(other) == evaluated(one)
-    assert same(snapshot(other), snapshot(one))
-    assert offloaded(optimizer).traffic.written > 0
-
-
 OPTIONS: dict[str, dict[str, Any]] = {
     "two queries": {"estimator": SPSA(2)},
     "micro-batches": {"micro": 4},
@@ -141,92 +127,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "blocks": {"mask": Mask("blockwise", refresh=1)},
     "measured": {"mask": Mask(Sensitive(steps=2), 0.3)},
 }
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("options", OPTIONS)
-def test_options(options: str, dtype: torch.dtype) -> None:
-    one, other = made("llama", dtype), made("llama", dtype)
-    expected, _ = train(one, "exact", **OPTIONS[options])
-    found, _ = train(other, Offload(), **OPTIONS[options])
-    assert found == expected
-    assert same(snapshot(other), snapshot(one))
-
-
-@pytest.mark.parametrize("mask", [None, Mask("small_weights", 0.01, refresh=2)], ids=["dense", "lists"])
-def test_weights_that_the_loss_reads_beside_the_model(mask: Mask | None) -> None:
-    """They belong to no module while they are read: they are on scratch during the whole evaluation."""
-    results = []
-    for weights in ("exact", Offload()):
-        model = made("llama")
-        optimizer = ZOOptimizer(model, lr=1e-3, eps=1e-2, weights=weights, mask=mask)
-
-        def penalized(model: Any = model) -> torch.Tensor:
-            return loss_of(model)() + model.model.layers[1].mlp.up_proj.weight.square().sum()
-
-        losses = [float(optimizer.step(penalized)) for _ in range(4)]  # type: ignore[arg-type]
-        results.append((losses, snapshot(model)))
-    assert results[0][0] == results[1][0]
-    assert same(results[0][1], results[1][1])
-
-
-def test_adapters_on_a_base_that_is_only_read() -> None:
-    results = []
-    for weights in ("exact", Offload()):
-        model = made("opt")
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        for layer in model.model.decoder.layers:
-            layer.fc2.weight.requires_grad_(True)
-            layer.fc1.bias.requires_grad_(True)
-        results.append((train(model, weights), snapshot(model)))
-    (expected, _), start = results[0]
-    (found, optimizer), end = results[1]
-    assert found == expected
-    assert same(end, start)
-    residency = offloaded(optimizer)
-    assert residency.traffic.written < residency.traffic.read / 2
-
-
-def test_weights_of_between_are_never_late() -> None:
-    """Evaluation, generation, a state dict, a loaded one, a copy, a thread's reading inside settled(), after every step."""
-    one, other = made("llama"), made("llama")
-    optimizers = [ZOOptimizer(model, lr=1e-3, eps=1e-2, weights=weights) for model, weights in ((one, "exact"), (other, Offload()))]
-    for _ in range(2):
-        for look in (
-            evaluated,
-            lambda model: model.generate(IDS[:2], max_new_tokens=4, do_sample=False, pad_token_id=0).tolist(),
-            snapshot,
-            lambda model: snapshot(copy.deepcopy(model)),
-        ):
-            assert values(one, optimizers[0], 1) == values(other, optimizers[1], 1)
-            with optimizers[1].settled():
-                read = {name: weight.detach().clone() for name, weight in other.named_parameters()}
-            assert all(torch.equal(read[name], weight) for name, weight in one.named_parameters())
-            seen = [look(one), look(other)]
-            assert same(*seen) if isinstance(seen[0], dict) else seen[0] == seen[1]
-        start = snapshot(made("llama"))
-        for model in (one, other):
-            model.load_state_dict(start)
-    assert values(one, optimizers[0]) == values(other, optimizers[1])
-    assert same(snapshot(one), snapshot(other))
-
-
-def test_an_exception_in_the_closure_leaves_the_weights_of_the_last_step() -> None:
-    one, other = made("llama"), made("llama")
-    train(one, "exact", 3)
-    _, optimizer = train(other, Offload(), 3)
-
-    def broken() -> torch.Tensor:
-        hook = other.model.layers[1].mlp.register_forward_hook(lambda *_: 1 / 0)
-        try:
-            return loss_of(other)()
-        finally:
-            hook.remove()
-
-    with pytest.raises(ZeroDivisionError):
-        optimizer.estimate(broken)
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
 def test_tensors_that_are_frozen_in_between(tmp_path: Path) -> None:
@@ -246,24 +146,6 @@ def test_tensors_that_are_frozen_in_between(tmp_path: Path) -> None:
 
 
 # ---- the files
-
-
-def test_a_write_that_fails_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    one, other = made("llama"), made("llama")
-    train(one, "exact", 5)
-    _, optimizer = train(other, Offload(), 3)
-    plain, calls = Slot.stamp, iter(range(100))
-
-    def failing(*given: Any) -> None:
-        if next(calls) == 1:
-            raise OSError(5, "Input/output error")
-        plain(*given)
-
-    monkeypatch.setattr(Slot, "stamp", failing)
-    with pytest.raises(OSError, match="Input/output"):
-        values(other, optimizer, 2)
-    values(other, optimizer, 5 - optimizer.steps)
-    assert same(snapshot(other), snapshot(one))
 
 
 @pytest.mark.parametrize("refused", ["opened", "tried"])
