@@ -12,11 +12,14 @@ from reference.spsa import Settings, spsa_step
 from torch import Tensor, nn
 
 from zo_lightning.engine import ZOOptimizer
+from zo_lightning.engine.residency import Offload
 
 Closure = Callable[[], Tensor]
 INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 RESIDENCIES = ("exact", "copy", "inplace")
+STREAMED = Offload()
+"""Beside them; not in their tuple, for between two steps it is a state dict that has its weights, and the parameters may lack an update."""
 STEPS = 3
 
 
