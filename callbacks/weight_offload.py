@@ -24,7 +24,7 @@ class WeightOffload(ZOCallback):
     the share of the time that was not waited (`overlap`); `lockstep` is 1 where the last step was made so.
 
     Args:
-        folder: of the files, on a fast disk with room for the model and a block; None makes a temporary one, removed in the end.
+        folder: of the files, on a fast disk with room for the model and a block; None: they have no name, and are gone with the process.
         tier: "disk", "memory" (of the CPU, pinned), or "auto": files where a folder is given or the host's device is the CPU, else memory.
         lockstep: True: the evaluations of a step take turns at the borders of blocks, on threads, so that a block is read once for all of
             them; False: one after another. None: in lockstep where each is sure to compute what it computes alone, which is said.

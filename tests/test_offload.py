@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,6 +170,25 @@ def test_a_file_system_without_transfers_past_its_cache(refused: str, tmp_path: 
     assert train(one, "exact")[0] == train(other, Offload(str(tmp_path)))[0]
     assert any(asked)
     assert same(snapshot(one), snapshot(other))
+
+
+def test_files_without_a_folder_go_with_whoever_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have no name, so that a kill leaves none behind; memory maps and descriptors go with the model."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def held() -> tuple[int, int]:
+        return len(os.listdir("/proc/self/fd")), Path("/proc/self/maps").read_text().count("slot-")
+
+    gc.collect()  # what other tests left
+    before = held()
+    for _ in range(2):
+        model = made("llama")
+        _, optimizer = train(model, Offload(), 2)
+        assert held()[1] > 0
+        assert list(tmp_path.iterdir()) == []
+        del optimizer, model
+        gc.collect()
+        assert held() == before
 
 
 def test_no_room_on_the_disk_is_known_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ class Offload:
     """Where weights live that do not fit where they are computed with, for `weights=`.
 
     Args:
-        folder: of the files; None makes a temporary one, which is removed in the end.
+        folder: of the files; None: they have no name, and are gone with the process.
         tier: "disk", files; "memory", the CPU's memory, pinned for a GPU (with the CPU as device it saves nothing and is for trying it
             out); "auto", files where a folder is given or the device is the CPU, else memory.
         device: where forward passes run, "cpu" or "cuda"; None: where the model is, or what the host chose.

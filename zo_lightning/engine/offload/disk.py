@@ -60,7 +60,7 @@ class Slot:
 
 
 class DiskTier(Tier):
-    """Parcels in files of a folder, which is a temporary one where it is None. OSError where they can't be made.
+    """Parcels in files of a folder; without a name where it is None, gone with the process. OSError where they can't be made.
 
     There is room for all parcels and, of each size, one more. What comes from safetensors files stays there until it is first written.
 
@@ -74,8 +74,6 @@ class DiskTier(Tier):
         self.lasting = folder is not None
         """Whether the files stay behind."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if folder is None:
-            weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         descriptors = [_locked(self.folder)]
         self._leave = weakref.finalize(self, _close, descriptors)
         try:
@@ -83,6 +81,9 @@ class DiskTier(Tier):
         except BaseException:
             self.close()
             raise
+        finally:
+            if not self.lasting:
+                shutil.rmtree(self.folder, ignore_errors=True)  # open files stay until nobody has them, however the process ends
 
     def close(self) -> None:
         """Leave the folder to others. What is mapped stays so, but slots can't be used any more."""

@@ -18,31 +18,31 @@ _DONT_NEED = 4
 class Mapped:
     """`nbytes` bytes of a file as memory: what is written there is in the file, and the other way round.
 
-    Pages count for the process from their first use on, until `forget`. OSError where the system refuses.
+    Pages count for the process from their first use on, until `forget`. The memory is there as long as this or a stretch of it.
+    OSError where the system refuses.
     """
 
     def __init__(self, descriptor: int, nbytes: int) -> None:
-        self.nbytes = nbytes
-        self._address = self._map(None, descriptor, _SHARED)
+        self._memory = mmap.mmap(-1, nbytes)
+        self._nbytes = nbytes
+        self.move(descriptor)
 
-    def _map(self, address: int | None, descriptor: int, flags: int) -> int:
-        found: int = _libc().mmap(address, self.nbytes, _READ_WRITE, flags, descriptor, 0)
-        if found in (None, ctypes.c_void_p(-1).value):
-            number = ctypes.get_errno()
-            raise OSError(number, f"A file of weights of {self.nbytes} bytes could not be mapped into memory")
-        return found
+    def _address(self) -> int:
+        return ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
 
     def stretch(self, begin: int, end: int) -> Tensor:
         """Some bytes (uint8), with a storage of their own, so that a tensor in them is saved by itself."""
-        return torch.frombuffer((ctypes.c_uint8 * (end - begin)).from_address(self._address + begin), dtype=torch.uint8)
+        return torch.frombuffer(memoryview(self._memory)[begin:end], dtype=torch.uint8)
 
     def move(self, descriptor: int) -> None:
         """Another file from now on, at the same address."""
-        self._map(self._address, descriptor, _SHARED | _FIXED)
+        found = _libc().mmap(self._address(), self._nbytes, _READ_WRITE, _SHARED | _FIXED, descriptor, 0)
+        if found in (None, ctypes.c_void_p(-1).value):
+            raise OSError(ctypes.get_errno(), f"A file of weights of {self._nbytes} bytes could not be mapped into memory")
 
     def forget(self) -> None:
         """The process does not need the pages just now; what was written is in the file."""
-        _libc().madvise(self._address, self.nbytes, _DONT_NEED)
+        _libc().madvise(self._address(), self._nbytes, _DONT_NEED)
 
 
 def forget(tensor: Tensor) -> None:
