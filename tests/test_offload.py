@@ -8,12 +8,16 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from engine_models import TOKENS, LanguageModel, next_token, same, snapshot
 from safetensors.torch import save_file
 from torch import nn
@@ -33,7 +37,7 @@ from zo_lightning.engine.masks import Mask, Sensitive
 from zo_lightning.engine.offload import open_weights, transfers
 from zo_lightning.engine.offload.mapped import PAGE
 from zo_lightning.engine.offload.stamps import Moment, checksum
-from zo_lightning.engine.residency import Offload, Offloaded
+from zo_lightning.engine.residency import Offload, Offloaded, turns
 
 IDS = torch.randint(0, 300, (8, 12), generator=torch.Generator().manual_seed(3))
 LABELS = torch.arange(8) % 2
@@ -337,3 +341,165 @@ def test_buffers_on_the_meta_device(tmp_path: Path) -> None:
         model = llama()
     with pytest.raises(ValueError, match=r"The buffer 'model.rotary_emb.inv_freq' is on the meta device.*init_empty_weights"):
         open_weights(model, tmp_path)
+
+
+# ---- several optimizers, threads
+
+
+@pytest.mark.parametrize("weights", [Offload(), Offload(tier="memory")], ids=["files", "memory"])
+def test_two_optimizers_that_take_a_model_from_each_other(weights: Offload, tmp_path: Path) -> None:
+    one, other = made("llama"), made("llama")
+    exact = [ZOOptimizer(one, lr=lr, eps=1e-2, weights="exact") for lr in (1e-3, 1e-2)]
+    streamed = [ZOOptimizer(other, lr=lr, eps=1e-2, weights=kept) for lr, kept in ((1e-3, Offload(str(tmp_path))), (1e-2, weights))]
+    for turn in (0, 1, 0, 0, 1):
+        assert values(one, exact[turn], 2) == values(other, streamed[turn], 2)
+    assert same(snapshot(one), snapshot(other))
+
+
+def test_one_that_can_not_be_made_takes_nothing(tmp_path: Path) -> None:
+    one, other = made("llama"), made("llama")
+    exact, streamed = (ZOOptimizer(m, lr=1e-3, eps=1e-2, weights=kept) for m, kept in ((one, "exact"), (other, Offload(str(tmp_path)))))
+    assert values(one, exact, 2) == values(other, streamed, 2)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        ZOOptimizer(other, weights=Offload(str(tmp_path / "file" / "folder")))
+    assert values(one, exact, 2) == values(other, streamed, 2)
+    assert same(snapshot(one), snapshot(other))
+
+
+def test_descriptors_that_were_given_to_other_files_are_not_used(tmp_path: Path) -> None:
+    model = made("llama")
+    _, optimizer = train(model, Offload(str(tmp_path)), 2)
+    tier: Any = offloaded(optimizer).tier
+    slot = next(iter(tier._slots.values()))
+    tier.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        slot.write(torch.zeros(slot.nbytes, dtype=torch.uint8))
+
+
+def test_a_folder_can_be_used_again_by_another_model(tmp_path: Path) -> None:
+    for _ in range(2):
+        model = made("llama")
+        train(model, Offload(str(tmp_path)), 2)
+        del model  # and not one word to the hooks that hold it
+    keeps = made("llama")
+    _, optimizer = train(keeps, Offload(str(tmp_path)), 1)
+    with pytest.raises(ValueError, match="or a model of this process that is still there"):
+        train(made("llama"), Offload(str(tmp_path)), 1)
+    assert optimizer.steps == 1
+
+
+@pytest.mark.parametrize("lockstep", [None, False])
+def test_a_thread_that_runs_the_model_inside_settled(lockstep: bool | None) -> None:
+    one, other = made("llama"), made("llama")
+    expected, _ = train(one, "exact", 30)
+    optimizer = ZOOptimizer(other, lr=1e-3, eps=1e-2, weight_decay=0.1, weights=Offload(lockstep=lockstep))
+    done, failed = threading.Event(), []
+
+    def reader() -> None:
+        try:
+            while not done.is_set():
+                with optimizer.settled(), torch.no_grad():
+                    loss_of(other)()
+        except BaseException as error:
+            failed.append(error)
+
+    residency = optimizer.residency
+    thread = threading.Thread(target=reader)
+    thread.start()
+    try:
+        found = values(other, optimizer, 30)
+    finally:
+        done.set()
+        thread.join()
+    assert failed == []
+    assert found == expected
+    assert optimizer.residency is residency
+
+
+def test_a_thread_that_waits_for_ever_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "PATIENCE", 0.05)
+    model = made("llama")
+    optimizer = ZOOptimizer(model, lr=1e-3, weights=Offload())
+    waited = threading.Event()
+
+    def closure() -> torch.Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(loss_of(model))
+            waited.set()
+            time.sleep(0.3)
+            assert not future.done()
+            future.cancel()
+            return loss_of(model)()
+
+    def say(key: str, message: str) -> None:
+        raise RuntimeError(message)  # or the thread would wait on
+
+    monkeypatch.setattr(turns, "say_once", say)
+    with pytest.raises(AssertionError):
+        optimizer.step(closure)
+    assert waited.is_set()
+
+
+# ---- options
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"lockstep": "yes"}, r"lockstep='yes'\): it is True, False, or None"),
+        ({"folder": 3}, r"folder=3\) is no path"),
+    ],
+)
+def test_options_of_the_wrong_kind(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Offload(**given)
+    assert Offload(Path("a")) == Offload("a")
+
+
+def test_more_files_than_may_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, left = os.posix_fallocate, iter(range(3))
+
+    def limited(*given: Any) -> None:
+        if next(left, None) is None:
+            raise OSError(24, "Too many open files")
+        plain(*given)
+
+    monkeypatch.setattr(os, "posix_fallocate", limited)
+    with pytest.raises(OSError, match=r"The weights need \d+ open files \(raise the limit, ulimit -n\)"):
+        train(made("llama"), Offload(str(tmp_path)), 1)
+    assert not list(tmp_path.glob("slot-*"))
+
+
+# ---- models from files
+
+
+def test_buffers_and_a_file_that_is_larger_than_memory(tmp_path: Path) -> None:
+    whole = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    with torch.no_grad():
+        whole(torch.randn(16, 8))
+    path = tmp_path / "model.safetensors"
+    save_file(whole.state_dict(), path)
+    with path.open("r+b") as file:
+        file.truncate(1 << 40)  # nothing reserves memory for it
+    with init_empty_weights():
+        opened = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    open_weights(opened, path)
+    assert same(snapshot(opened), snapshot(whole))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[]",
+        b'{"0.weight": 3, "0.bias": 3}',
+        b'{"0.weight": {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 8]}}',
+    ],
+)
+def test_damaged_headers(header: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(256))
+    with init_empty_weights():
+        model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="is not a safetensors file"):
+        open_weights(model, path)

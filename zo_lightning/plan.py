@@ -56,7 +56,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=DTYPES, help="of the weights; default: the configuration's, else float32")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change the configuration; may be repeated")
     add("--padded", action="store_true", help="batches have an attention mask")
-    add("--lockstep", action="store_true", default=LOCKSTEP, help="both forward passes of a query visit a block while it is in memory")
+    add(
+        "--lockstep",
+        action=argparse.BooleanOptionalAction,
+        default=LOCKSTEP,
+        help="streamed weights: all forward passes of a step visit a block while it is in memory",
+    )
     add(
         "--tflops", type=float, metavar="X", help="1e12 operations a second; default: measured on this machine, assumed for a GPU elsewhere"
     )

@@ -18,7 +18,8 @@ from zo_lightning.engine.messages import say_once, tell_once
 from zo_lightning.engine.places import Place
 from zo_lightning.engine.randomness import HostState
 from zo_lightning.engine.residency import Lane, Offloaded, Residency
-from zo_lightning.engine.undo import Undo, World
+from zo_lightning.engine.undo import Undo
+from zo_lightning.engine.world import World
 
 Remember = Callable[[Undo], None]
 
@@ -35,6 +36,7 @@ class Lockstep:
         self._passes = 0
         self._moved = 0
         self._what: str | None = None
+        self._shared: str | None = None
         self._crew: ThreadPoolExecutor | None = None
         self._hired = (0, 0)
 
@@ -63,20 +65,21 @@ class Lockstep:
         if isinstance(residency, Offloaded) and (self._passes < 2 or 0 < self._moved < _SURE):
             world = self.world(remember)
             yield
-            self.left_behind(world.changed())
+            self.left_behind(world.changed(), world.shared)
         else:
             yield
 
-    def left_behind(self, what: str | None) -> None:
-        """What the last pass left."""
+    def left_behind(self, what: str | None, shared: str | None = None) -> None:
+        """What the last pass left, and what of it evaluations can't have versions of."""
         self._passes += 1
+        self._shared = self._shared or shared
         self._moved, self._what = (self._moved + 1, what) if what is not None else (0, None)
 
     def chosen(self, residency: Residency, points: int) -> Offloaded | None:
         """The residency where to do it, which is said once; else None. ValueError where it was asked for and is not possible."""
         if not isinstance(residency, Offloaded) or residency.lockstep is False or points < 2:
             return None
-        against = _against_now()
+        against = _against_now() or self._shared
         if against is None and self._moved:
             if self._moved < _SURE:  # the first pass often sets what stays so from then on
                 return None

@@ -18,6 +18,9 @@ class Place(ABC):
     rewound = False
     """Whether every evaluation finds it as the first one did anyway, as buffers."""
 
+    fixed = False
+    """Whether it can only be looked at, and not be put back."""
+
     where = ""
     """What it belongs to, in words."""
 
@@ -126,6 +129,41 @@ class Value(Place):
         if self.changed():
             self.tensor.detach().copy_(self.copy)
             self.version = self.tensor._version
+
+
+class Large(Place):
+    """A tensor that is too large to be copied."""
+
+    fixed = True
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.version = tensor, tensor._version
+
+    def changed(self) -> bool:
+        return self.tensor._version != self.version
+
+    def now(self) -> Place:
+        return Large(self.tensor)
+
+    def put_back(self) -> None:
+        pass
+
+
+class Setting(Place):
+    """What a function returns and another one sets: a setting of the process, the state of a generator."""
+
+    def __init__(self, get: Callable[[], Any], put: Callable[[Any], Any], equal: Callable[[Any, Any], bool] = is_) -> None:
+        self._get, self._put, self._equal, self.value = get, put, equal, get()
+
+    def changed(self) -> bool:
+        return not self._equal(self._get(), self.value)
+
+    def now(self) -> Place:
+        return Setting(self._get, self._put, self._equal)
+
+    def put_back(self) -> None:
+        if self.changed():
+            self._put(self.value)
 
 
 class Bound(Table):

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FunctionType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 
 from zo_lightning.engine.places import Act, Bag, Items, Place, Table, Tail, Value
 
-_BOUND = 4096
+BOUND = 4096
 """Entries of a dict, set or deque, elements of a tensor: what is larger is data, not a counter."""
 
 _NESTED = 64
 """Items of a list up to which they are looked at, too: a list of lists of outputs."""
 
-_TORCH = frozenset(vars(nn.Module()))
+TORCH = frozenset(vars(nn.Module()))
 
 
 def nothing(*args: object, **kwargs: object) -> None:
@@ -47,7 +46,7 @@ class Undo:
     def attributes(self, owner: object, skip: frozenset[str] = frozenset()) -> None:
         """Remember the attributes of an object, and what they hold except for those in `skip` and the tables of an nn.Module."""
         for name, value in self.bindings(owner).entries.items():
-            if isinstance(value, self._followed) and name not in skip and name not in _TORCH:
+            if isinstance(value, self._followed) and name not in skip and name not in TORCH:
                 self._where = f"{type(owner).__name__}.{name}"
                 self._contents(value)
 
@@ -113,66 +112,23 @@ class Undo:
             self.metrics(value)
             return
         self._seen.add(id(value))
-        if isinstance(value, dict) and len(value) <= _BOUND:
+        if isinstance(value, dict) and len(value) <= BOUND:
             self._keep(Table(value))
             for entry in list(value.values()):
                 self._contents(entry)
         elif isinstance(value, (list, tuple)):
             if isinstance(value, list):
-                self._keep(Items(value) if len(value) <= _BOUND else Tail(value, len(value)))
+                self._keep(Items(value) if len(value) <= BOUND else Tail(value, len(value)))
             for entry in value if len(value) <= _NESTED else ():
                 self._contents(entry)
-        elif isinstance(value, (set, deque)) and len(value) <= _BOUND:
+        elif isinstance(value, (set, deque)) and len(value) <= BOUND:
             self._keep(Bag(value))
         elif isinstance(value, Tensor):
             self._tensor(value)
 
     def _tensor(self, value: Tensor) -> None:
-        if not (isinstance(value, nn.Parameter) or value.is_meta or value.is_inference() or value.numel() > _BOUND):
+        if not (isinstance(value, nn.Parameter) or value.is_meta or value.is_inference() or value.numel() > BOUND):
             self._keep(Value(value))
-
-
-class World(Undo):
-    """The Python state of an evaluation that takes turns with others: each has a version of its own, which begins as it was remembered.
-
-    The attributes of objects that modules hold are followed, too.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(metrics=False)
-        self.left: str | None = None
-        """What `leave` found changed, in words."""
-
-    def changed(self) -> str | None:
-        """The first that is not as it was, in words."""
-        return next((place.where for place in self._places if place.changed() and not place.rewound), None)
-
-    def add(self, places: Iterable[Place]) -> None:
-        """Remember these as well."""
-        self._places += places
-
-    def leave(self) -> list[Place]:
-        """What was changed, in the order in which it was remembered; it is put back."""
-        changed = [place for place in self._places if place.changed()]
-        self.left = next((place.where for place in changed if not place.rewound), None)
-        mine = [place.now() for place in changed]
-        for place in reversed(changed):
-            place.put_back()
-        return mine
-
-    def modules(self, root: nn.Module, skip: frozenset[str] = frozenset()) -> None:
-        super().modules(root, skip)
-        for module in root.modules():
-            for name, value in list(vars(module).items()):
-                if name not in skip and name not in _TORCH and id(value) not in self._seen and _is_object(value):
-                    self._seen.add(id(value))
-                    self.attributes(value)
-
-    def metrics(self, root: nn.Module) -> None:
-        for metric in root.modules() if self._kinds else ():
-            if isinstance(metric, self._kinds) and id(metric) not in self._seen:
-                self._seen.add(id(metric))
-                self.attributes(metric)  # states as well; those of an evaluation that works on copies are its own
 
 
 class Rerun:
@@ -223,8 +179,3 @@ def undoing() -> Iterator[Undo]:
         yield undo
     finally:
         undo.undo()
-
-
-def _is_object(value: object) -> bool:
-    """Whether it keeps attributes of its own, and is not code."""
-    return isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, (nn.Module, Tensor, type, FunctionType, ModuleType))

@@ -63,9 +63,11 @@ def configuration(name: str, changes: Sequence[str] = ()) -> Any:
         raise ValueError(f"There is no config.json in {name}.")
     try:
         config = _named(name, {})
-        given = {key: _literal(value) for key, value in (_change(config, change) for change in changes)}
+        given = {key: _fitting(config, key, _literal(value)) for key, value in (_change(config, change) for change in changes)}
         return _named(name, given) if given else config
-    except (OSError, KeyError, ImportError, TypeError) as error:
+    except ValueError:
+        raise
+    except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         what = f"{name} has no configuration" if path.exists() else f"{name!r} is no model type, and no model of the hub that was reached,"
         raise ValueError(f"{what} that transformers knows: {first[:200]}") from error
@@ -82,6 +84,16 @@ def _named(name: str, changes: Mapping[str, Any]) -> Any:
             raise KeyError(f"its model_type is {stored.get('model_type')!r}")
         return AutoConfig.for_model(**{**stored, **changes})
     return AutoConfig.for_model(name, **changes)
+
+
+def _fitting(config: Any, key: str, value: Any) -> Any:
+    """A value of the type that is there now."""
+    now = getattr(config, key)
+    if isinstance(now, int) and not isinstance(now, bool) and not isinstance(value, int):
+        raise ValueError(f"--set {key}={value}: it is a whole number, {now} now.")
+    if isinstance(now, int) and now > 0 and value < 0:
+        raise ValueError(f"--set {key}={value}: it must not be negative; it is {now} now.")
+    return value
 
 
 def _change(config: Any, change: str) -> tuple[str, str]:
@@ -116,8 +128,8 @@ def build(config: Any, batch: int, length: int, task: str | None = None, dtype: 
     try:
         with torch.device("meta"):
             model = getattr(transformers, TASKS[task]).from_config(config, dtype=dtype).train()
-    except (ValueError, TypeError, KeyError, ZeroDivisionError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0][:200]
+    except Exception as error:  # whatever a model makes of a configuration that nobody has tried
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(
             f"transformers can't make a {task} model of this {type(config).__name__}: {first}. Choose another --task."
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,13 +36,17 @@ class Offload:
     Raises ValueError for another tier or device, and for a folder of tier="memory".
     """
 
-    folder: str | None = None
+    folder: str | os.PathLike[str] | None = None
     tier: str = "auto"
     device: str | None = None
     lockstep: bool | None = None
 
     def __post_init__(self) -> None:
         choose("tier", self.tier, TIERS, "nothing else")
+        if self.folder is not None:
+            object.__setattr__(self, "folder", self._path())
+        if self.lockstep not in (True, False, None):
+            raise ValueError(f"Offload(lockstep={self.lockstep!r}): it is True, False, or None (where it is safe).")
         if self.tier == "memory" and self.folder is not None:
             raise ValueError(f"Offload(folder={self.folder!r}, tier='memory'): weights in memory have no files. Leave one of the two out.")
         if self.device is not None:
@@ -51,6 +56,14 @@ class Offload:
                 raise ValueError(f"Offload(device={self.device!r}) is no device: {str(error).splitlines()[0]}") from error
             if kind not in ("cpu", "cuda"):
                 raise ValueError(f"Offload(device={self.device!r}): blocks are streamed to 'cpu' and to 'cuda' devices so far.")
+            if kind == "cuda" and not torch.cuda.is_available():
+                raise ValueError(f"Offload(device={self.device!r}): torch finds no GPU here. Leave device out, or use 'cpu'.")
+
+    def _path(self) -> str:
+        try:
+            return os.fsdecode(self.folder)  # type: ignore[arg-type]
+        except TypeError as error:
+            raise ValueError(f"Offload(folder={self.folder!r}) is no path.") from error
 
     def device_of(self, module: nn.Module) -> torch.device:
         """Where forward passes run. ValueError for a model that lies elsewhere."""

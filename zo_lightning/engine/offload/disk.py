@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import os
 import shutil
 import tempfile
@@ -35,20 +37,25 @@ class Slot:
         self.path, self.nbytes = path, nbytes
         if not keep:
             path.unlink(missing_ok=True)  # an earlier one may still be mapped
-        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        descriptors.append(self.descriptor)
+        self._descriptors, self._own = descriptors, len(descriptors)
+        descriptors.append(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         os.posix_fallocate(self.descriptor, 0, self.nbytes + PAGE)  # a full disk is an error now, not in the middle of a run
         direct = open_direct(path)
+        self._transfers = self._own if direct is None else len(descriptors)
         descriptors += [] if direct is None else [direct]
-        self._transfers = self.descriptor if direct is None else direct
+
+    @property
+    def descriptor(self) -> int:
+        """Of the file; no file once the tier is closed, rather than one that has its number then."""
+        return self._descriptors[self._own]
 
     def read(self, memory: Tensor) -> None:
         """All bytes but the stamp, to whole pages of at least their number."""
-        transfer(os.preadv, self._transfers, memory, self.nbytes)
+        transfer(os.preadv, self._descriptors[self._transfers], memory, self.nbytes)
 
     def write(self, memory: Tensor) -> None:
         """The same the other way round."""
-        transfer(os.pwritev, self._transfers, memory, self.nbytes)
+        transfer(os.pwritev, self._descriptors[self._transfers], memory, self.nbytes)
 
     def stamp(self, stamp: Stamp) -> None:
         """Say what the slot has now."""
@@ -85,6 +92,10 @@ class DiskTier(Tier):
             if not self.lasting:
                 shutil.rmtree(self.folder, ignore_errors=True)  # open files stay until nobody has them, however the process ends
 
+    def is_in(self, folder: str | None) -> bool:
+        """Whether these are the files of a folder."""
+        return folder is not None and self.lasting and self.folder.exists() and self.folder.samefile(Path(folder))
+
     def close(self) -> None:
         """Leave the folder to others. What is mapped stays so, but slots can't be used any more."""
         self._leave()
@@ -100,7 +111,13 @@ class DiskTier(Tier):
             for number, size in enumerate(sizes):
                 slots.append(Slot(self.folder / f"slot-{number:05d}.bin", size, descriptors, self.undecided))
         except OSError as error:
-            why = f"There is no room for {sum(sizes) / 1e6:.1f} MB of weights in {self.folder}: {error.strerror}"
+            if self.lasting and not self.undecided:
+                clear(self.folder)
+            if error.errno == errno.EMFILE:
+                what = f"The weights need {2 * len(sizes)} open files (raise the limit, ulimit -n)"
+            else:
+                what = f"There is no room for {sum(sizes) / 1e6:.1f} MB of weights"
+            why = f"{what} in {self.folder}: {error.strerror}"
             raise OSError(error.errno, why) from error
         self._free: dict[int, list[Slot]] = {size: [slot for slot in slots if slot.nbytes == size] for size in wanted}
         self._slots: dict[Parcel, Slot] = {}
@@ -205,14 +222,20 @@ def _checksum(slot: Slot) -> str:
 def _locked(folder: Path) -> int:
     """The descriptor of a file that this process alone has locked, until it is closed."""
     lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise ValueError(f"Another run has its weights in {folder}. Give each run a folder of its own.") from None
-    return lock
+    for tried in (False, True):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            if not tried:
+                gc.collect()  # of a model that nobody has any more, but for hooks that refer to each other
+    os.close(lock)
+    raise ValueError(
+        f"Another run has its weights in {folder}, or a model of this process that is still there. Give each run a folder of its own."
+    )
 
 
-def _close(descriptors: Sequence[int]) -> None:
-    for descriptor in descriptors:
+def _close(descriptors: list[int]) -> None:
+    for index, descriptor in enumerate(descriptors):
         os.close(descriptor)
+        descriptors[index] = -1

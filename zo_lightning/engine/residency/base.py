@@ -22,6 +22,8 @@ class Residency(ABC):
     """The trained tensors of a model and the noise; `eps` is read anew from the groups for each step."""
 
     name: str
+    retired = False
+    """Whether another residency has taken the weights over, so that this one can't be used any more."""
 
     def __init__(self, module: nn.Module | None, trained: Sequence[Trained], noise: Noise) -> None:
         self.module = module
@@ -55,7 +57,7 @@ class Residency(ABC):
         """theta <- decay theta + sum_j c_j z(s_j), with (decay, c) of each group; not interrupted by signals."""
         trained = self.moving(self.steady())
         moving = [p for p in trained if change.steps[p.group][0] != 1.0 or any(change.steps[p.group][1])]
-        with self._still(), held():
+        with self.still(), held():
             items = []
             for p in self.masters.instead_of(moving):
                 weights = p.tensor.detach()
@@ -86,9 +88,9 @@ class Residency(ABC):
 
     def settled(self) -> AbstractContextManager[None]:
         """Inside it, on any thread, parameters are the base weights: it waits for evaluations and updates of another thread."""
-        return self._still()
+        return self.still()
 
-    def _still(self) -> AbstractContextManager[None]:
+    def still(self) -> AbstractContextManager[None]:
         """The same, but for updates that are still to be made."""
         return nullcontext()
 

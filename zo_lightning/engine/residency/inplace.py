@@ -49,7 +49,7 @@ class InPlace(Residency):
                 self.restore()
                 raise
 
-    def _still(self) -> AbstractContextManager[None]:
+    def still(self) -> AbstractContextManager[None]:
         return self._turns.turn()
 
     @contextmanager
@@ -120,7 +120,7 @@ class InPlace(Residency):
             item = Item(weights, weights, p.key, decay, tuple(total.get(seed, 0.0) for seed in every), mask=self._mask(p))
             if decay != 1.0 or any(item.coefficients):
                 items.append(item)
-        with self._still(), held():
+        with self.still(), held():
             self._here = {}
             sweep(items, every, self.noise, rounding=change.rounding)
 

@@ -17,7 +17,7 @@ from zo_lightning.engine.estimators import Displacement
 from zo_lightning.engine.malloc import give_back
 from zo_lightning.engine.noise import Noise, sweep
 from zo_lightning.engine.noise.members import Listed
-from zo_lightning.engine.offload import Offload, Parcel, Traffic, parcels_of
+from zo_lightning.engine.offload import DiskTier, InBuffers, Offload, Parcel, Traffic, parcels_of
 from zo_lightning.engine.offload.hooks import Hook
 from zo_lightning.engine.offload.parcels import FROZEN
 from zo_lightning.engine.parameters import Trained, names_of
@@ -87,14 +87,7 @@ class Offloaded(Stamped):
                 for parcel in self._parcels:
                     parcel.renew(self.trained)
             else:
-                anew = False
-                for other in {_OWNERS[module]() for module in self._root.modules() if module in _OWNERS}:
-                    if other is not None:
-                        anew = anew or not other._place.tier.undecided
-                        other.close()
-                        other._place.tier.close()
-                        other._parcels = []
-                self._place = offload.place(self._parcels, self.device, anew)
+                self._place = self._taken_over(offload)
             self._due = self._place.due
             for parcel in self._parcels:
                 self._move_in(parcel)
@@ -103,6 +96,27 @@ class Offloaded(Stamped):
         self._hooks_of_base: list[Any] = []
         self._hook()
         _OWNERS.update((module, ref(self)) for module in self._holders if module is not None)
+
+    def _taken_over(self, offload: Offload) -> InBuffers:
+        """A place of its own for what may be in that of another optimizer until now, which then makes itself anew if it is used again."""
+        others = [other for module in self._root.modules() if module in _OWNERS and (other := _OWNERS[module]()) is not None]
+        others = [other for other in dict.fromkeys(others) if not other.retired]
+        anew = any(not other.tier.undecided for other in others)
+        for other in others:
+            other.flush()
+            if isinstance(other.tier, DiskTier) and other.tier.is_in(offload.folder):
+                other.retire()
+        place = offload.place(self._parcels, self.device, anew)
+        for other in others:
+            other.retire()
+        return place
+
+    def retire(self) -> None:
+        """Others have the model from now on. Weights stay where they are until those move them."""
+        self.retired = True
+        for hook in self._hooks_of_base:
+            hook.remove()
+        self._place.tier.close()
 
     @property
     def traffic(self) -> Traffic:
@@ -124,7 +138,7 @@ class Offloaded(Stamped):
 
     def _holds_all(self) -> bool:
         """Whether all parameters are still where they were put."""
-        return all(self.keeps(alias) for parcel in self._parcels for p in parcel.tensors for alias in p.aliases)
+        return not self.retired and all(self.keeps(alias) for parcel in self._parcels for p in parcel.tensors for alias in p.aliases)
 
     def _hook(self) -> None:
         """Modules use their weights wherever they run, and nobody saves weights that lack an update."""

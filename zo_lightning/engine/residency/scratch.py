@@ -45,7 +45,7 @@ class OnScratch(Residency):
         return self._scratch.nbytes()
 
     @contextmanager
-    def _still(self) -> Iterator[None]:
+    def still(self) -> Iterator[None]:
         """It waits for the evaluation of another thread to end.
 
         In the middle of an evaluation of its own thread it points the parameters back and, on the way out, to scratch again.

@@ -7,6 +7,17 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from zo_lightning.engine.messages import say_once
+
+PATIENCE = 60.0
+"""Seconds that a thread waits without a word."""
+
+_LONG = (
+    f"A thread that reads weights has waited {PATIENCE:.0f} seconds for an evaluation or an update of another one. If it belongs to that "
+    "evaluation (a closure that runs the model on a thread and waits for it), it waits for ever: run the model on the closure's thread, or "
+    "use weights='exact'."
+)
+
 
 class Turns:
     """A lock that is given in the order of asking, so that neither evaluations nor readers starve; a thread that has it may take it again.
@@ -43,7 +54,10 @@ class Turns:
         with self._changed:
             self._waiting.append(ticket)
             try:
-                self._changed.wait_for(lambda: self._holder is None and self._waiting[0] is ticket)
+                free = lambda: self._holder is None and self._waiting[0] is ticket  # noqa: E731
+                if not self._changed.wait_for(free, PATIENCE):
+                    say_once("turns", _LONG)
+                    self._changed.wait_for(free)
                 self._holder = me
             finally:
                 self._waiting.remove(ticket)

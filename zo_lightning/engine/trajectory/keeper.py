@@ -134,7 +134,7 @@ class Trajectory(Journal):
         if not begins and not inplace and not optimizer.masters.cover(optimizer.residency.trained, whole=optimizer.forward_passes > 0):
             return "the checkpoint came without the optimizer's state, which has the float32 values of 16-bit vectors"
         if not self._stands(optimizer, log):
-            if self._left is not None and self._left.found:
+            if self._left is not None and (self._left.found or self._left.torn):
                 raise ValueError(
                     f"The run in {self.folder} has its weights in {self._left.folder}, but can't go on from there: "
                     f"{self._left.problem or 'the tensors that are not streamed are not there'}, the model's weights are not those after "
