@@ -31,7 +31,7 @@ def die() -> None:
 def die_offloaded(place: str, now: Callable[[], bool]) -> None:
     """In the middle of what weights in files do beside: writing a block, stamping it, making all updates that are due."""
     if place == "slot":
-        transfer = disk.transfer
+        transfer: Callable[..., None] = vars(disk)["transfer"]
 
         def cut(call: Callable[..., int], descriptor: int, memory: Tensor, nbytes: int) -> None:
             if call is os.pwritev and now():

@@ -62,10 +62,10 @@ def test_bytes_are_those_that_the_engine_counts(kind: str, dtype: torch.dtype) -
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", HF)
-def test_traffic_is_what_a_step_moves(kind: str, dtype: torch.dtype) -> None:
+def test_traffic_is_what_a_step_moves(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     expected = mode(planned(kind, dtype), "offload (disk)")
     model = made(kind, dtype)
-    _, optimizer = train(model, Offload(), 2)
+    _, optimizer = train(model, Offload(str(tmp_path)), 2)
     residency = offloaded(optimizer)
     read, written = residency.traffic.read, residency.traffic.written
     optimizer.step(loss_of(model))

@@ -133,26 +133,23 @@ class ZOOptimizer(torch.optim.Optimizer):
     @property
     def residency(self) -> Residency:
         """How perturbed weights come to exist; decided at the first step, and again when tensors are added, frozen, moved or replaced."""
-        if self._outdated():
-            trained = self._trained()
-            if any(p.tensor._backward_hooks or p.tensor._post_accumulate_grad_hooks for p in trained):
-                say_once("grad_hooks", "Hooks on the gradients of parameters never run: forward-only training computes no gradient.")
-            before = self._residency
-            if before is not None and not before.retired:
-                before.close()
-            self._residency = build_residency(self.weights, self.module, trained, self.noise, before)
-            self._residency.masters, self._residency.masks = self.masters, self.masks
-            self._signature = signature(self.param_groups, self._residency.keeps)
+        before = self._residency
+        if before is not None and not before.retired and self._is_for_these_tensors(before):
+            return before
+        trained = self._trained()
+        if any(p.tensor._backward_hooks or p.tensor._post_accumulate_grad_hooks for p in trained):
+            say_once("grad_hooks", "Hooks on the gradients of parameters never run: forward-only training computes no gradient.")
+        if before is not None and not before.retired:
+            before.close()
+        self._residency = build_residency(self.weights, self.module, trained, self.noise, before)
+        self._residency.masters, self._residency.masks = self.masters, self.masks
+        self._signature = signature(self.param_groups, self._residency.keeps)
         return self._residency
 
-    def _outdated(self) -> bool:
-        """Whether the residency, if there is any, is not for the tensors as they are."""
-        before = self._residency
-        if before is None or before.retired:
-            return True
-        with before.still():  # while another thread's forward pass runs, weights may be elsewhere
-            before.end_interrupted()
-            return signature(self.param_groups, before.keeps) != self._signature
+    def _is_for_these_tensors(self, residency: Residency) -> bool:
+        with residency.still():  # while another thread's forward pass runs, weights may be elsewhere
+            residency.end_interrupted()
+            return signature(self.param_groups, residency.keeps) == self._signature
 
     @property
     def lockstep(self) -> bool:

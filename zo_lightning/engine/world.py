@@ -173,7 +173,7 @@ def _attributes(value: object) -> list[Any]:
         slots = vars(kind).get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:
             if name not in ("__dict__", "__weakref__") and hasattr(value, name):
-                found.append(Setting(lambda name=name: getattr(value, name), lambda now, name=name: setattr(value, name, now)))
+                found.append(Setting(partial(getattr, value, name), partial(setattr, value, name)))
     return found
 
 

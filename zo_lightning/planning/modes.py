@@ -25,6 +25,11 @@ CUDA_CONTEXT = 500_000_000
 """Bytes of a GPU that CUDA takes before the first tensor (assumed; torch.cuda.max_memory_allocated does not count them)."""
 
 
+HOLES, HOLES_OF_ACTIVATIONS = 55_000_000, 0.15
+"""What fragmentation adds to a heap: bytes for each forward pass that is under way, and a share of its activations. Not derived: fitted to
+the peaks of benchmarks/plan_accuracy.py, beside those with a malloc that gives everything back."""
+
+
 @dataclass(frozen=True)
 class Mode:
     """A mode of the engine for one model, batch and machine. Bytes, and seconds a step.
@@ -127,15 +132,17 @@ class _Planner:
         memory = {"weights": self.weights.nbytes + self.weights.buffers, "float32 vectors": self.weights.masters, "scratch": scratch}
         return self._mode(name, f'weights="{name}"', {**memory, **self._activations(self.run.peak)})
 
-    def _activations(self, nbytes: int) -> dict[str, int]:
-        return {"activations": nbytes, "kept by malloc": 0 if self.machine.on_gpu else self.run.kept}
+    def _activations(self, nbytes: int, passes: int = 1) -> dict[str, int]:
+        kept = self.run.kept + passes * min(HOLES, nbytes) + int(HOLES_OF_ACTIVATIONS * nbytes)
+        return {"activations": nbytes, "kept by malloc": 0 if self.machine.on_gpu else kept}
 
     def _streamed(self) -> dict[str, int]:
         resident = self.weights.resident() + self.weights.buffers
         return {"resident weights": resident, "float32 vectors": self.weights.masters, "scratch": self._scratch}
 
     def _from_disk(self) -> Mode:
-        memory = {**self._streamed(), **self._activations(self._passes_at_once()), "blocks": self._buffers()}
+        passes = self.points if self.lockstep else 1
+        memory = {**self._streamed(), **self._activations(self._passes_at_once(), passes), "blocks": self._buffers()}
         return self._mode("offload (disk)", "Offload()", memory, disk=self.weights.slots(), streams=True)
 
     def _to_gpu(self, tier: str) -> Mode:

@@ -92,7 +92,7 @@ class DiskTier(Tier):
             if not self.lasting:
                 shutil.rmtree(self.folder, ignore_errors=True)  # open files stay until nobody has them, however the process ends
 
-    def is_in(self, folder: str | None) -> bool:
+    def is_in(self, folder: str | os.PathLike[str] | None) -> bool:
         """Whether these are the files of a folder."""
         return folder is not None and self.lasting and self.folder.exists() and self.folder.samefile(Path(folder))
 
