@@ -2,8 +2,9 @@
 
 from zo_lightning.callbacks.base import Run, ZOCallback, zo_callbacks
 from zo_lightning.callbacks.monitor import ZOMonitor
+from zo_lightning.callbacks.prefix_init import PrefixInit
 from zo_lightning.callbacks.sparse_mask import SparseMask
 from zo_lightning.callbacks.trajectory_log import TrajectoryLog
 from zo_lightning.callbacks.weight_offload import WeightOffload
 
-__all__ = ["Run", "SparseMask", "TrajectoryLog", "WeightOffload", "ZOCallback", "ZOMonitor", "zo_callbacks"]
+__all__ = ["PrefixInit", "Run", "SparseMask", "TrajectoryLog", "WeightOffload", "ZOCallback", "ZOMonitor", "zo_callbacks"]

@@ -41,6 +41,9 @@ class ZOCallback:
     resolves to a function that does nothing, so no host need be installed, and neither is imported.
     """
 
+    changes_weights = False
+    """Whether `on_run_start` changes the weights that a run begins with; those that do come first, whatever the order of the list."""
+
     def configure(self, options: EngineOptions) -> EngineOptions:
         """The options to use, usually `dataclasses.replace(options, ...)`."""
         return options
@@ -129,5 +132,5 @@ def engine_of(optimizer: Any) -> ZOOptimizer | None:
 
 
 def zo_callbacks(callbacks: Iterable[Any]) -> list[ZOCallback]:
-    """Those of a host's callbacks that are ours, in order."""
-    return [callback for callback in callbacks if isinstance(callback, ZOCallback)]
+    """Those of a host's callbacks that are ours, in order; first those that change the weights that a run begins with."""
+    return sorted((callback for callback in callbacks if isinstance(callback, ZOCallback)), key=lambda one: not one.changes_weights)

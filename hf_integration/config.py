@@ -27,7 +27,9 @@ class ZOArguments:
     zo_weight_decay: float | None = field(
         default=None, metadata={"help": "Weight decay of the forward-only update; None takes weight_decay."}
     )
-    zo_eps: float = field(default=1e-3, metadata={"help": "How far the weights are moved to both sides for one measurement of the loss."})
+    zo_eps: float | None = field(
+        default=None, metadata={"help": "How far the weights are moved to both sides; None is what suits what is trained (LoRA, a prefix)."}
+    )
     zo_seed: int = field(default=0, metadata={"help": "Seed of the directions; independent of seed and data_seed."})
     zo_noise: str = field(default="rademacher", metadata={"help": "Distribution of the directions: rademacher, gaussian."})
     zo_estimator: str = field(default="spsa", metadata={"help": "How losses become an estimate of the gradient: spsa."})

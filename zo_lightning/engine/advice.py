@@ -1,29 +1,6 @@
-"""What hosts and the engine tell a user: the learning rates that usually work, and what makes steps do nothing."""
+"""What hosts and the engine tell a user: what makes steps do nothing, and what can't be loaded."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-
-from zo_lightning.engine.parameters import Trained
-
-_BY_SIZE = (
-    (1e9, "1e-7 to 1e-6 for all weights of a model of billions of parameters"),
-    (1e8, "1e-6 to 1e-5 for all weights of a model of hundreds of millions of parameters"),
-    (1e7, "1e-5 to 1e-4 for all weights of a model of tens of millions of parameters"),
-    (0.0, "1e-4 to 1e-2 for less than ten million parameters"),
-)
-
-
-def usual_lr(trained: Sequence[Trained]) -> str:
-    """The range of learning rates for SPSA on these tensors, in words (MeZO's tables, arXiv 2305.17333, and our own runs)."""
-    names = [parameter.name for parameter in trained]
-    if names and all("lora_" in name for name in names):
-        return "5e-5 to 1e-4 for LoRA"
-    if names and all("prompt" in name or "prefix" in name for name in names):
-        return "1e-3 to 1e-2 for prefix and prompt tuning"
-    size = sum(parameter.tensor.numel() for parameter in trained)
-    return next(text for least, text in _BY_SIZE if size >= least)
-
 
 ZERO_STEPS = 20
 """After so many steps without any difference between the points, the user is told."""

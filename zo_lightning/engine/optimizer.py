@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -13,16 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from zo_lightning.engine import recall, state
-from zo_lightning.engine.advice import NO_DIFFERENCE, NO_LOSS, NOTHING_TO_TRAIN, ZERO_STEPS, usual_lr
+from zo_lightning.engine.advice import NO_DIFFERENCE, NO_LOSS, NOTHING_TO_TRAIN, ZERO_STEPS
 from zo_lightning.engine.estimators import Estimator
 from zo_lightning.engine.evaluation import Closure, Evaluator, Muted, Task, as_scalar
 from zo_lightning.engine.journal import Journal, StepRecord, Unrecorded
+from zo_lightning.engine.kinds import WEIGHTS, check_kinds, kind_of, usual_lr
 from zo_lightning.engine.lockstep import Remember
 from zo_lightning.engine.masks import Mask, Masks
 from zo_lightning.engine.masks.rules import Chosen
-from zo_lightning.engine.messages import say_once
+from zo_lightning.engine.messages import say_once, tell_once
 from zo_lightning.engine.noise import Change, Noise
-from zo_lightning.engine.options import DEFAULT_LR, EngineOptions, as_estimator, as_noise, as_safeguard, check_group
+from zo_lightning.engine.options import EngineOptions, as_estimator, as_noise, as_safeguard, check_group
 from zo_lightning.engine.parallel import Exchange
 from zo_lightning.engine.parameters import Trained, collect, names_of, signature, split_input
 from zo_lightning.engine.report import Estimate, StepReport, make_report
@@ -44,7 +45,8 @@ class ZOOptimizer(torch.optim.Optimizer):
     Args:
         params: a module, tensors, (name, tensor) pairs, or parameter groups with their own lr, eps and weight_decay. Frozen tensors are
             left alone. Names decide the noise: a module or names make it independent of the order of parameters.
-        lr: learning rate. eps: perturbation scale, in the unit of the weights. weight_decay: decoupled.
+        lr: learning rate. eps: perturbation scale, in the unit of the weights. weight_decay: decoupled. None is what suits most of what is
+            trained (kinds.py): lr 1e-6 and eps 1e-3 for weights, 5e-5 and 1e-2 for LoRA, 1e-3 and 1e-1 for prefixes and prompts.
         noise: "rademacher" or "gaussian", or a `Noise`.
         estimator: an `Estimator`; None is `SPSA(queries=1)`.
         weights: "exact", "copy", "inplace" or "auto": how perturbed weights come to exist (docs/architecture.md).
@@ -64,9 +66,9 @@ class ZOOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         params: Any,
-        lr: float = DEFAULT_LR,
+        lr: float | None = None,
         *,
-        eps: float = 1e-3,
+        eps: float | None = None,
         weight_decay: float = 0.0,
         noise: str | Noise = "rademacher",
         estimator: str | Estimator | None = None,
@@ -102,10 +104,25 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.report: StepReport | None = None
         self.journal: Journal = Unrecorded()
         self._idle = 0
-        super().__init__(groups, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
-        self._trained()
+        own = [set(group) for group in groups]
+        super().__init__(groups, {"lr": WEIGHTS.lr if lr is None else lr, "eps": eps or WEIGHTS.eps, "weight_decay": weight_decay})
+        self._fit({name for name, value in (("lr", lr), ("eps", eps)) if value is None}, own)
         if isinstance(weights, Offload):
             _ = self.residency  # before a checkpoint is loaded into weights that are still in memory
+
+    def _fit(self, left_out: set[str], own: Sequence[set[str]]) -> None:
+        """Give groups that have no learning rate or scale of their `own` what suits most of what is trained."""
+        trained = self._trained()
+        check_kinds(trained)
+        kind = kind_of(trained)
+        for name in left_out:
+            self.defaults[name] = getattr(kind, name)
+            for group, given in zip(self.param_groups, own, strict=True):
+                if name not in given:
+                    group[name] = self.defaults[name]
+        if left_out and kind is not WEIGHTS:
+            values = ", ".join(f"{name}={self.defaults[name]:g}" for name in sorted(left_out))
+            tell_once(f"kind.{kind.name}.{values}", f"{values}: what MeZO takes for {kind.name}, of which most trained parameters are.")
 
     def _trained(self) -> list[Trained]:
         trained = collect(self.param_groups, self._names)

@@ -18,16 +18,16 @@ from zo_lightning.engine.safeguard import Safeguard
 if TYPE_CHECKING:
     from zo_lightning.engine.optimizer import ZOOptimizer
 
-DEFAULT_LR = 1e-6
-"""MeZO's learning rate for all weights (arXiv 2305.17333), used where neither the user nor the host has one."""
-
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What `ZOOptimizer`, `ZOStrategy` and `ZOConfig` take; `lr` and `weight_decay` None mean the host's own."""
+    """What `ZOOptimizer`, `ZOStrategy` and `ZOConfig` take; `lr` and `weight_decay` None mean the host's own.
+
+    `eps` None, and `lr` where no host has one: what suits the kind of parameters that are trained (kinds.py).
+    """
 
     lr: float | None = None
-    eps: float = 1e-3
+    eps: float | None = None
     seed: int = 0
     noise: str | Noise = "rademacher"
     estimator: str | Estimator | None = None
@@ -41,7 +41,8 @@ class EngineOptions:
 
     def validate(self) -> None:
         """Raise ValueError that names the option, its value and what is allowed."""
-        check_number("eps", self.eps, "> 0", lambda x: x > 0)
+        if self.eps is not None:
+            check_number("eps", self.eps, "> 0, or None", lambda x: x > 0)
         if self.lr is not None:
             check_number("lr", self.lr, ">= 0", lambda x: x >= 0)
         if self.weight_decay is not None:
@@ -72,7 +73,7 @@ class EngineOptions:
         decay = self.weight_decay if self.weight_decay is not None else weight_decay
         return ZOOptimizer(
             params,
-            DEFAULT_LR if lr is None else lr,
+            lr,
             weight_decay=0.0 if decay is None else decay,
             module=module,
             **self.keywords(),

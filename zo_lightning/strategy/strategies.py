@@ -29,7 +29,8 @@ class ZOStrategy(ForwardOnly, SingleDeviceStrategy):
         lr: learning rate; None takes that of the optimizer of configure_optimizers at each step. A number replaces it, and the user's
             LR scheduler goes on scaling it from its own start (OneCycleLR begins at a 25th of its peak).
         weight_decay: decoupled; None takes the optimizer's.
-        eps: perturbation scale. seed: of the run. noise: "rademacher" or "gaussian". estimator: an `Estimator`; None is SPSA(queries=1).
+        eps: perturbation scale; None is what suits what is trained (`ZOOptimizer`). seed: of the run.
+        noise: "rademacher" or "gaussian". estimator: an `Estimator`; None is SPSA(queries=1).
         weights: "exact", "copy", "inplace" or "auto". dropout: False switches Dropout modules off while training.
         clip: bound on the absolute projected gradient. safeguard: "stop", "halve", "warn", None or a `Safeguard`.
         max_nonfinite: steps with a non-finite loss in a row before FloatingPointError.
@@ -46,7 +47,7 @@ class ZOStrategy(ForwardOnly, SingleDeviceStrategy):
     def __init__(
         self,
         lr: float | None = None,
-        eps: float = 1e-3,
+        eps: float | None = None,
         seed: int = 0,
         noise: str | Noise = "rademacher",
         estimator: str | Estimator | None = None,
@@ -110,7 +111,7 @@ class ZODDPStrategy(ForwardOnly, DDPStrategy):
     def __init__(
         self,
         lr: float | None = None,
-        eps: float = 1e-3,
+        eps: float | None = None,
         seed: int = 0,
         noise: str | Noise = "rademacher",
         estimator: str | Estimator | None = None,
