@@ -13,6 +13,7 @@ from zo_lightning.hf_integration.optim_name import register  # noqa: E402
 register()
 
 from zo_lightning.hf_integration.config import ZOArguments, ZOConfig  # noqa: E402
-from zo_lightning.hf_integration.trainer import ZOSeq2SeqTrainer, ZOTrainer, ZOTrainerMixin  # noqa: E402
+from zo_lightning.hf_integration.trainer import ZOTrainerMixin  # noqa: E402
+from zo_lightning.hf_integration.trainers import ZOSeq2SeqTrainer, ZOTrainer  # noqa: E402
 
 __all__ = ["ZOArguments", "ZOConfig", "ZOSeq2SeqTrainer", "ZOTrainer", "ZOTrainerMixin"]

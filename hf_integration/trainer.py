@@ -314,11 +314,3 @@ class ZOTrainerMixin(_Host):
             if "loss" in logs and "learning_rate" in logs:
                 logs.update(self._zo_bridge.metrics())
         super().log(logs, *args, **kwargs)
-
-
-class ZOTrainer(ZOTrainerMixin, transformers.Trainer):
-    """``transformers.Trainer`` that trains forward-only."""
-
-
-class ZOSeq2SeqTrainer(ZOTrainerMixin, transformers.Seq2SeqTrainer):
-    """``transformers.Seq2SeqTrainer`` that trains forward-only."""
