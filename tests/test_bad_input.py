@@ -27,7 +27,7 @@ def untouched(model: nn.Module, before: dict[str, Tensor], weights: str) -> bool
 
 
 OPTIONS: dict[str, tuple[list[Any], str]] = {
-    "eps": ([0.0, -1e-3, NAN, INF, "small", None, True, 1j, [1e-3]], r"Must be a finite number > 0"),
+    "eps": ([0.0, -1e-3, NAN, INF, "small", True, 1j, [1e-3]], r"Must be a finite number > 0"),
     "lr": ([-1e-6, NAN, INF, "fast", True, 1j], r"Must be a finite number >= 0"),
     "weight_decay": ([-0.1, NAN, -INF, "much", False, [0.1]], r"Must be a finite number >= 0"),
     "clip": ([0.0, -100, NAN, INF, "tight", True], r"Must be a finite number > 0, or None"),
