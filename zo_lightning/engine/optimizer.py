@@ -164,7 +164,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         return self._residency
 
     def _is_for_these_tensors(self, residency: Residency) -> bool:
-        with residency.still():  # while another thread's forward pass runs, weights may be elsewhere
+        with held(), residency.still():  # while another thread's forward pass runs, weights may be elsewhere
             residency.end_interrupted()
             return signature(self.param_groups, residency.keeps) == self._signature
 

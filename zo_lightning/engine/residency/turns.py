@@ -52,13 +52,14 @@ class Turns:
     def _take(self, me: int) -> None:
         ticket = object()
         with self._changed:
-            self._waiting.append(ticket)
             try:
+                self._waiting.append(ticket)
                 free = lambda: self._holder is None and self._waiting[0] is ticket  # noqa: E731
                 if not self._changed.wait_for(free, PATIENCE):
                     say_once("turns", _LONG)
                     self._changed.wait_for(free)
                 self._holder = me
             finally:
-                self._waiting.remove(ticket)
+                if ticket in self._waiting:  # else it was interrupted before it waited
+                    self._waiting.remove(ticket)
                 self._changed.notify_all()
