@@ -144,6 +144,27 @@ def test_what_can_have_no_versions_is_said(kind: str, why: str) -> None:
         trained(STATES[kind], Offload(lockstep=True))
 
 
+@pytest.mark.parametrize("asked", [None, True])
+def test_a_large_tensor_that_is_written_to_from_some_step_on(asked: bool | None) -> None:
+    """The step that begins to is in lockstep; those after it are not."""
+    reset()
+
+    def make() -> nn.Module:
+        return Layers(lambda module, rows: workspace(module, rows) if module.calls >= 0 else rows, space=torch.zeros(4, 5000), calls=-1)
+
+    torch.manual_seed(0)
+    model: Any = make()
+    optimizer = ZOOptimizer(model, lr=1e-2, weights=Offload(lockstep=asked))
+    for _ in range(4):
+        optimizer.step(lambda: model(X).square().mean())
+    assert optimizer.lockstep
+    model.calls = 0
+    optimizer.step(lambda: model(X).square().mean())
+    said = pytest.warns(ZOWarning, match="write to a large tensor") if asked is None else pytest.raises(ValueError, match="large tensor")
+    with said:
+        optimizer.step(lambda: model(X).square().mean())
+
+
 @contextmanager
 def default_dtype() -> Any:
     before = torch.get_default_dtype()

@@ -93,7 +93,7 @@ class Evaluator:
             outputs, moved = abreast(residency, jobs, host.devices, world, self._lockstep.crew(len(jobs) - 1))
         self.count += len(outputs)
         self.buffers.first_done()
-        self._lockstep.left_behind(moved if task.remember is None else None)
+        self._lockstep.left_behind(moved if task.remember is None else None, world.shared)
         losses = [task.loss_of(output) for output in outputs]
         if any(loss is None for loss in losses):
             return None, []
