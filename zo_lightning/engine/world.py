@@ -35,7 +35,6 @@ class World(Undo):
         self.shared: str | None = None
         """What all evaluations share, in words, so that they can't take turns; None where nothing is known."""
         self._deep = False
-        self._looked_into: set[int] = set()
         for setting in _settings():
             self._keep(setting)
             setting.where = "a setting of the process"
@@ -65,16 +64,12 @@ class World(Undo):
         self.shared = self.shared or (None if fixed is None else f"they write to a large tensor ({fixed})")
 
     def modules(self, root: nn.Module, skip: frozenset[str] = frozenset()) -> None:
+        self._deep, followed, self._followed = True, self._followed, (object,)
         super().modules(root, skip)
-        self._deep = True
-        for module in root.modules():
-            for name, value in list(vars(module).items()):
-                if name not in skip and name not in TORCH:
-                    self._where = f"{type(module).__name__}.{name}"
-                    self._contents(value)
+        self._followed = followed
         for kind in {kind for module in root.modules() for kind in type(module).__mro__} - set(nn.Module.__mro__):
             for name, value in list(vars(kind).items()):
-                if isinstance(value, self._followed) and name not in TORCH:
+                if isinstance(value, followed) and name not in TORCH:
                     self._where = f"{kind.__name__}.{name}"
                     self._contents(value)
         self._deep = False
@@ -86,18 +81,15 @@ class World(Undo):
                 self.attributes(metric)  # states as well; those of an evaluation that works on copies are its own
 
     def _contents(self, value: Any) -> None:
-        if self._deep and id(value) not in self._looked_into:
-            self._looked_into.add(id(value))
-            where = self._where
+        if self._deep and id(value) not in self._seen:
             state = _state(value)
             if state is not None:
                 self._keep(state)
             elif isinstance(value, Iterator):
-                self.shared = self.shared or f"they may draw from one iterator ({where})"
+                self.shared = self.shared or f"they may draw from one iterator ({self._where})"
             elif _is_object(value):
-                self._object(value, where)
-            elif isinstance(value, (list, tuple, dict)):
-                self._seen.discard(id(value))  # of modules alone it was only seen what it holds
+                self._seen.add(id(value))
+                self._object(value, self._where)
         super()._contents(value)
 
     def _object(self, value: object, where: str) -> None:
