@@ -301,6 +301,22 @@ def test_damage_without_a_base_is_an_error(kind: str, tmp_path: Path) -> None:
         assert equal(run.again(1).state(), run.exact.state())
 
 
+def test_a_run_without_any_weights_is_not_begun_anew_by_itself(tmp_path: Path) -> None:
+    """What is left of the old one would be written over."""
+    run = Run(tmp_path, save_base=False)
+    run.killed()
+    for path in run.tier.glob("slot-*.bin"):
+        run.spoil(path)
+    before = {path.name: path.read_bytes() for path in run.tier.iterdir()}
+    loop = Loop(run.setup, run.folder, seed=7)
+    with pytest.raises(ValueError, match=r"has its weights in .*can't go on from there: .*begin anew with resume=False"):
+        loop.begin(save_base=False)
+    assert before == {path.name: path.read_bytes() for path in run.tier.iterdir()}
+    run.die(loop)
+    with pytest.warns(ZOWarning):
+        assert equal(run.again(1).state(), run.exact.state())
+
+
 FOLDERS: dict[str, tuple[Callable[[Run], object], str]] = {
     "another model": (lambda run: _edit(run, lambda d: d["parcels"][0]["tensors"][0].update(name="x")), r"'0.weight' is missing there"),
     "another shape": (lambda run: _edit(run, lambda d: d["parcels"][0]["tensors"][0].update(shape=[8, 9])), r"of shape \(8, 9\) there"),

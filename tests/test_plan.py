@@ -281,6 +281,10 @@ def test_streaming_to_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
         (["llama", "--set", "colour=red"], "LlamaConfig has no 'colour'"),
         (["llama", "--set", "hidden_size"], "write KEY=VALUE"),
         (["llama", "--task", "image-classification"], "Choose another --task"),
+        (["llama", "--set", "num_hidden_layers=two"], "num_hidden_layers"),
+        (["llama", "--set", "num_hidden_layers=-1"], "num_hidden_layers"),
+        (["llama", "--set", "hidden_size=2.5"], "hidden_size"),
+        (["llama", "--set", "vocab_size=0"], "can't make a causal-lm model"),
         (["opt", *SMALL[:2], "--set", "num_attention_heads=5"], "can't make a causal-lm model"),
     ],
 )
@@ -291,6 +295,14 @@ def test_bad_input(arguments: list[str], problem: str, capsys: pytest.CaptureFix
     assert problem in said.err
     assert said.err.count("\n") == 1
     assert not said.out
+
+
+@pytest.mark.parametrize(("option", "times"), [("--lockstep", 1), ("--no-lockstep", 2)])
+def test_lockstep_is_an_option(option: str, times: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["llama", *SMALL, *TINY, option, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["modes"][-1]
+    layers, head = 3 * (4 * 64 * 64 + 3 * 64 * 96), 2 * 300 * 64
+    assert found["read"] == pytest.approx(times * 4 * (layers + head), rel=0.02)
 
 
 def test_default_configurations_of_encoder_decoders(capsys: pytest.CaptureFixture[str]) -> None:

@@ -154,7 +154,9 @@ class Exact(OnScratch):
                 with held():
                     stack = ExitStack()
                     stack.enter_context(self._based(unit.parameters))
-                    stack.enter_context(self._shown(unit, args, *self._lane.point))
+                    point = self._lane.point  # a reading thread had to wait until the evaluation was over
+                    if point is not None:
+                        stack.enter_context(self._shown(unit, args, *point))
                     self._lane.open.entered(module, stack)
 
         return hook
