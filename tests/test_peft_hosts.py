@@ -16,9 +16,10 @@ from peft_tools import IDS, KINDS, adapted, base, batch_of, logits
 from torch.utils.data import DataLoader
 
 from zo_lightning import ZOStrategy
-from zo_lightning.callbacks import PrefixInit, SparseMask, TrajectoryLog
+from zo_lightning.callbacks import PrefixInit, SparseMask, TrajectoryLog, WeightOffload
 from zo_lightning.engine import ZOOptimizer
 from zo_lightning.engine.messages import reset
+from zo_lightning.engine.residency import Offloaded
 from zo_lightning.hf_integration import ZOTrainer
 
 pytestmark = [
@@ -105,6 +106,17 @@ def test_a_prefix_begins_as_tokens_under_both_hosts(tmp_path: Path) -> None:
     assert same(by_lightning(adapted("llama", "prefix"), tmp_path, callbacks=[PrefixInit()]), expected)
     with pytest.raises(ValueError, match="LlamaForCausalLM has no virtual tokens"):
         trainer(base("llama"), tmp_path, callbacks=[PrefixInit()]).train()
+
+
+@pytest.mark.filterwarnings("ignore:lr=.*:zo_lightning.engine.messages.ZOWarning")
+def test_a_prefix_of_a_streamed_base(tmp_path: Path) -> None:
+    begun = adapted("llama", "prefix")
+    PrefixInit().initialize(begun)
+    expected = by_engine(begun.train())
+    hosted = trainer(adapted("llama", "prefix"), tmp_path, callbacks=[PrefixInit(), WeightOffload(str(tmp_path / "tier"))])
+    hosted.train()
+    assert isinstance(hosted.zo_optimizer.residency, Offloaded)
+    assert same(snapshot(hosted.model), expected)
 
 
 @pytest.mark.parametrize("how", ["model", "model_init"])

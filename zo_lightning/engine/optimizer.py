@@ -105,7 +105,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.journal: Journal = Unrecorded()
         self._idle = 0
         own = [set(group) for group in groups]
-        super().__init__(groups, {"lr": WEIGHTS.lr if lr is None else lr, "eps": eps or WEIGHTS.eps, "weight_decay": weight_decay})
+        scales = {"lr": WEIGHTS.lr if lr is None else lr, "eps": WEIGHTS.eps if eps is None else eps}
+        super().__init__(groups, {**scales, "weight_decay": weight_decay})
         self._fit({name for name, value in (("lr", lr), ("eps", eps)) if value is None}, own)
         if isinstance(weights, Offload):
             _ = self.residency  # before a checkpoint is loaded into weights that are still in memory

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
-_PRIVATE, _NO_RESERVE = 0x02, 0x4000
+_NO_RESERVE = 0x4000
+"""MAP_NORESERVE of Linux, for which the mmap of Python 3.11 has no name."""
 
 
 class Source(NamedTuple):
@@ -100,7 +101,7 @@ def _entries(path: Path) -> dict[str, tuple[Path, int, Mapping[str, Any]]]:
 def _mapped(path: Path) -> mmap.mmap:
     """A whole file, once; no room is reserved for what nobody writes, so that it may be larger than memory."""
     with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, flags=_PRIVATE | _NO_RESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        return mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 def _opened(name: str, parameter: Tensor, entry: tuple[Path, int, Mapping[str, Any]], maps: dict[Path, mmap.mmap]) -> nn.Parameter:

@@ -114,8 +114,7 @@ class Offloaded(Stamped):
     def retire(self) -> None:
         """Others have the model from now on. Weights stay where they are until those move them."""
         self.retired = True
-        for hook in self._hooks_of_base:
-            hook.remove()
+        self._unhook()
         self._place.tier.close()
 
     @property
@@ -384,6 +383,9 @@ class Offloaded(Stamped):
 
     def close(self) -> None:
         self.flush()
+        self._unhook()
+
+    def _unhook(self) -> None:
         for hook in self._hooks_of_base:
             hook.remove()
 
