@@ -3,6 +3,7 @@
 python benchmarks/step_cost.py                                     OPT-125M's shape, float32, 8 x 64
 python benchmarks/step_cost.py --batch 1 --length 32 --rounds 20
 python benchmarks/step_cost.py --config gpt2 --dtype bfloat16 --device cuda
+python benchmarks/step_cost.py --lora 8 --weights auto --loops engine      adapters on the same shape
 """
 
 from __future__ import annotations

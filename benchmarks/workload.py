@@ -33,6 +33,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dropout", type=float, default=0.0, help="all dropout rates; 0 makes forward passes, the yardstick, cheapest")
     parser.add_argument("--task", choices=TASKS, default="causal-lm")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument(
+        "--lora", type=int, default=0, metavar="RANK", help="train LoRA of this rank on queries and values instead of all weights"
+    )
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -68,7 +71,16 @@ def build(options: argparse.Namespace) -> Workload:
     ids = torch.randint(3, int(config.vocab_size), (options.batch, options.length), device=options.device)
     classes = torch.randint(0, int(config.num_labels or 2), (options.batch,), device=options.device)
     labels = ids.clone() if options.task == "causal-lm" else classes
+    if options.lora:
+        model = with_lora(model, options.lora)
     return Workload(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+
+
+def with_lora(model: nn.Module, rank: int) -> nn.Module:
+    """LoRA where peft puts it by itself: on the projections of queries and values of the architectures that it knows."""
+    import peft
+
+    return peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2 * rank))  # type: ignore[no-any-return,arg-type]
 
 
 def describe(workload: Workload, options: argparse.Namespace) -> dict[str, Any]:
@@ -80,6 +92,7 @@ def describe(workload: Workload, options: argparse.Namespace) -> dict[str, Any]:
         "dropout": options.dropout,
         "task": options.task,
         "dtype": options.dtype,
+        "lora": options.lora,
         "batch": options.batch,
         "length": options.length,
         "device": options.device,

@@ -9,10 +9,9 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import transformers
 from accelerate.utils import DynamoBackend
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -30,12 +29,8 @@ from zo_lightning.hf_integration.config import ZOArguments
 from zo_lightning.hf_integration.data_order import DataOrder
 from zo_lightning.hf_integration.loss_scale import ignores_items, may_ignore_items
 from zo_lightning.hf_integration.options import engine_options, read_fields, take_options
+from zo_lightning.hf_integration.quantized import QuantizedMixin
 from zo_lightning.hf_integration.quiet import no_backward, rerun, unseen
-
-if TYPE_CHECKING:
-    _Host = transformers.Trainer
-else:
-    _Host = object
 
 
 def from_trl(kind: type) -> bool:
@@ -43,7 +38,7 @@ def from_trl(kind: type) -> bool:
     return any(base.__module__.partition(".")[0] == "trl" for base in kind.__mro__)
 
 
-class ZOTrainerMixin(_Host):
+class ZOTrainerMixin(QuantizedMixin):
     """Put in front of any ``transformers.Trainer``: ``class MyTrainer(ZOTrainerMixin, trl.SFTTrainer)``.
 
     Takes the host's arguments and besides them ``optim="zo"`` (or the name of a first-order optimizer, which then is

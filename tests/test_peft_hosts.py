@@ -171,7 +171,8 @@ def test_scales_that_suit_what_is_trained(kind: str, tmp_path: Path, caplog: pyt
     with caplog.at_level(logging.INFO, "zo_lightning"):
         (group,) = ZOOptimizer(adapted("opt", kind)).param_groups
     assert (group["eps"], group["lr"]) == (eps, lr)
-    assert f"eps={eps:g}, lr={lr:g}: what MeZO takes for" in caplog.text
+    name = "LoRA" if kind == "LoRA" else "prefix and prompt tuning"
+    assert f"eps={eps:g}, lr={lr:g}: what suits {name} (MeZO)" in caplog.text
     (group,) = ZOOptimizer(adapted("opt", kind), lr=0.0, eps=1e-3).param_groups
     assert (group["eps"], group["lr"]) == (1e-3, 0.0)
     one, other = list(base("opt").parameters())[:2]

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from zo_lightning.engine.parameters import Trained
+from zo_lightning.engine.parameters import Scale, Trained
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,19 @@ class Kind:
     eps: float
     lr: float
     usual: str
-    has: Callable[[list[str]], bool]
-    """Whether the parts of a parameter's name belong to it."""
+    has: Callable[[Trained, list[str]], bool]
+    """Whether a parameter, with the parts of its name, belongs to it."""
+    source: str = "MeZO"
+    """Whose scales they are."""
+    clip: float | None = None
+    """Bound on the projected gradient where none is given."""
 
 
-WEIGHTS = Kind("weights", 1e-3, 1e-6, "", lambda parts: True)
-LORA = Kind("LoRA", 1e-2, 5e-5, "5e-5 to 1e-4", lambda parts: any(part.startswith("lora_") for part in parts))
-PREFIX = Kind("prefix and prompt tuning", 1e-1, 1e-3, "1e-3 to 1e-2", lambda parts: "prompt_encoder" in parts and "embedding" in parts)
-KINDS = (LORA, PREFIX, WEIGHTS)
+WEIGHTS = Kind("weights", 1e-3, 1e-6, "", lambda p, parts: True)
+LORA = Kind("LoRA", 1e-2, 5e-5, "5e-5 to 1e-4", lambda p, parts: any(part.startswith("lora_") for part in parts))
+PREFIX = Kind("prefix and prompt tuning", 1e-1, 1e-3, "1e-3 to 1e-2", lambda p, parts: "prompt_encoder" in parts and "embedding" in parts)
+SCALES = Kind("scales of quantized weights", 1e-2, 1e-3, "1e-4 to 1e-2", lambda p, parts: isinstance(p.aliases[0], Scale), "QZO", 100.0)
+KINDS = (SCALES, LORA, PREFIX, WEIGHTS)
 
 _BY_SIZE = (
     (1e9, "1e-7 to 1e-6 for all weights of a model of billions of parameters"),
@@ -43,7 +48,7 @@ def kind_of(trained: Sequence[Trained]) -> Kind:
     sizes: Counter[Kind] = Counter()
     for parameter in trained:
         parts = parameter.name.split(".")
-        sizes[next(kind for kind in KINDS if kind.has(parts))] += parameter.tensor.numel()
+        sizes[next(kind for kind in KINDS if kind.has(parameter, parts))] += parameter.tensor.numel()
     return sizes.most_common(1)[0][0]
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
 import platform
+import sys
 
 _ARENA_MAX = -8
 
@@ -22,6 +24,33 @@ def give_back() -> None:
     """Return freed memory to the system, where the C library is glibc; what is allocated next is slower by its page faults."""
     if _glibc():
         _libc().malloc_trim(0)
+
+
+class Grown:
+    """Gives freed memory back where the process has grown by it.
+
+    Evaluations that take turns free what lies between tensors of the others, in holes that malloc keeps: how many, depends on the order in
+    which threads come. After a return the process has what it uses; what it has more of, later, is used or kept.
+    """
+
+    def __init__(self) -> None:
+        self._least = sys.maxsize
+
+    def give_back(self, above: int) -> None:
+        """Return freed memory if the process has over `above` bytes more than it had the last time, or since then at the least."""
+        if not _glibc():
+            return
+        if _anonymous() - self._least > above:
+            give_back()
+            self._least = sys.maxsize
+        self._least = min(self._least, _anonymous())
+
+
+def _anonymous() -> int:
+    """Bytes of this process that are in memory and of no file."""
+    with open("/proc/self/statm", "rb") as file:
+        _, resident, shared, *_ = file.read().split()
+    return (int(resident) - int(shared)) * mmap.PAGESIZE
 
 
 @functools.cache

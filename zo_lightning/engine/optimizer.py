@@ -121,9 +121,13 @@ class ZOOptimizer(torch.optim.Optimizer):
             for group, given in zip(self.param_groups, own, strict=True):
                 if name not in given:
                     group[name] = self.defaults[name]
+        if kind.clip is not None and self.rule.clip is None:
+            self.rule = SGD(kind.clip)
+            tell_once(f"clip.{kind.name}", f"clip={kind.clip:g}: the bound on projected gradients that {kind.source} has for {kind.name}.")
         if left_out and kind is not WEIGHTS:
             values = ", ".join(f"{name}={self.defaults[name]:g}" for name in sorted(left_out))
-            tell_once(f"kind.{kind.name}.{values}", f"{values}: what MeZO takes for {kind.name}, of which most trained parameters are.")
+            what = f"{values}: what suits {kind.name} ({kind.source}), of which most trained parameters are."
+            tell_once(f"kind.{kind.name}.{values}", what)
 
     def _trained(self) -> list[Trained]:
         trained = collect(self.param_groups, self._names)

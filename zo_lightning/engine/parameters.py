@@ -18,13 +18,43 @@ _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """One trained tensor: its canonical name and key, the group whose lr, eps and decay it has, and every parameter tied to it."""
+    """One trained tensor: its canonical name and key, the group whose lr, eps and decay it has, and every parameter tied to it.
+
+    `unit` and `floor` are those of a `Scale`.
+    """
 
     name: str
     key: int
     tensor: Tensor
     group: int
     aliases: tuple[Tensor, ...]
+    unit: float = 1.0
+    floor: float | None = None
+
+
+class Scale(nn.Parameter):
+    """A parameter whose noise has a size of its own, unit * z, and which no update takes below `floor` (None: no bound).
+
+    Evaluations are at theta + eps unit z, updates are theta <- max(floor, (1 - lr wd) theta - lr g unit z): theta / unit is perturbed and
+    updated as other parameters are.
+    """
+
+    unit: float
+    floor: float | None
+
+    def __new__(cls, data: Tensor, requires_grad: bool = True, unit: float = 1.0, floor: float | None = None) -> Scale:
+        made: Scale = super().__new__(cls, data, requires_grad)
+        made.unit, made.floor = unit, floor
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Scale:
+        if id(self) not in memo:
+            memo[id(self)] = Scale(self.detach().clone(memory_format=torch.preserve_format), self.requires_grad, self.unit, self.floor)
+        copied: Scale = memo[id(self)]
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return Scale, (self.detach(), self.requires_grad, self.unit, self.floor)
 
 
 def canonical_names(names: Sequence[str]) -> list[str]:
@@ -94,10 +124,16 @@ def collect(groups: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> li
                 tied[place] = []
                 order.append((place, name, index))
             tied[place].append(tensor)
-    trained = [Trained(name, parameter_key(name), tied[place][0], index, tuple(tied[place])) for place, name, index in order]
+    trained = [
+        Trained(name, parameter_key(name), tied[place][0], index, tuple(tied[place]), *_scale(tied[place])) for place, name, index in order
+    ]
     _check_names(trained)
     _check_overlap(trained)
     return trained
+
+
+def _scale(aliases: Sequence[Tensor]) -> tuple[float, float | None]:
+    return next(((alias.unit, alias.floor) for alias in aliases if isinstance(alias, Scale)), (1.0, None))
 
 
 def _check(name: str, tensor: Tensor) -> None:
@@ -105,7 +141,8 @@ def _check(name: str, tensor: Tensor) -> None:
     if tensor.is_meta:
         problem = "is on the meta device, so it has no values (offloaded by accelerate, or never loaded); load the weights first"
     elif is_traceable_wrapper_subclass(tensor):
-        problem = f"is a {type(tensor).__name__}, which can't be perturbed as it is; freeze it, or train adapters on top of it"
+        kind = type(tensor).__name__
+        problem = f"is a {kind}, which can't be perturbed as it is; train its scales (zo_lightning.quantized), or adapters on top of it"
     elif tensor.is_inference():
         problem = "was made under torch.inference_mode(), where torch allows no change of it; make or load the model outside, or clone it"
     elif tensor.is_complex():

@@ -16,6 +16,7 @@ from zo_lightning.engine.options import EngineOptions
 from zo_lightning.engine.parallel import Exchange
 from zo_lightning.engine.residency import Offload, Offloaded
 from zo_lightning.engine.undo import nothing, undoing
+from zo_lightning.quantized import has_scales
 from zo_lightning.strategy.data_order import DataOrder
 from zo_lightning.strategy.events import Events
 from zo_lightning.strategy.host_optimizer import HostOptimizer
@@ -253,6 +254,12 @@ class ForwardOnly(Bindable):
             self._zo_events.lose(str(filepath))
         with events or nullcontext():
             super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
+        """The host's; it names the device by a function, for which torch can't load quantized weights."""
+        if self.lightning_module is None or not has_scales(self.lightning_module):
+            return super().load_checkpoint(checkpoint_path, weights_only=weights_only)
+        return self.checkpoint_io.load_checkpoint(checkpoint_path, map_location="cpu", weights_only=weights_only)
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         """The user's optimizer gets its groups back; moments of first-order steps would only take memory."""

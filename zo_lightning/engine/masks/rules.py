@@ -20,12 +20,17 @@ LIST_BELOW = 0.02
 
 
 class Layer(NamedTuple):
-    """One trained tensor, as a rule sees it: canonical name, parameter key, the unperturbed parameter, number of its group."""
+    """One trained tensor, as a rule sees it: canonical name, parameter key, the unperturbed parameter, number of its group.
+
+    What is measured of a `Scale` is the gradient with respect to theta / unit, so its noise has the size 1 and no bound here.
+    """
 
     name: str
     key: int
     tensor: Tensor
     group: int = 0
+    unit: float = 1.0
+    floor: float | None = None
 
     @property
     def block(self) -> str | None:

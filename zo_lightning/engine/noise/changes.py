@@ -31,7 +31,7 @@ class Change(NamedTuple):
 
 
 class Weights(Protocol):
-    """A tensor that changes, with its parameter's key and group: a `parameters.Trained`, or the like."""
+    """A tensor that changes, with its parameter's key and group, the size of its noise, its lower bound: a `parameters.Trained`."""
 
     @property
     def tensor(self) -> Tensor: ...
@@ -42,18 +42,45 @@ class Weights(Protocol):
     @property
     def group(self) -> int: ...
 
+    @property
+    def unit(self) -> float: ...
+
+    @property
+    def floor(self) -> float | None: ...
+
+
+def step_of(change: Change, weights: Weights) -> tuple[float, tuple[float, ...]]:
+    """(decay, (c_1, ..., c_n)) for one tensor."""
+    decay, coefficients = change.steps[weights.group]
+    return decay, coefficients if weights.unit == 1.0 else tuple(c * weights.unit for c in coefficients)
+
+
+def hold(weights: Sequence[Weights]) -> None:
+    """theta <- max(floor, theta) where there is a bound."""
+    for w in weights:
+        if w.floor is not None:
+            w.tensor.detach().clamp_(min=w.floor)
+
 
 @torch.no_grad()
 def apply_changes(
     weights: Sequence[Weights], changes: Sequence[Change], noise: Noise, masks: Mapping[int, Members] = MappingProxyType({})
 ) -> None:
     """Apply the changes in their order; bit for bit what a `sweep` for each of them does. `masks` are by the key of the parameter."""
+    bounded = [w for w in weights if w.floor is not None]
+    _apply([w for w in weights if w.floor is None], changes, noise, masks)
+    for change in changes if bounded else ():
+        _apply(bounded, [change], noise, masks)
+        hold(bounded)
+
+
+def _apply(weights: Sequence[Weights], changes: Sequence[Change], noise: Noise, masks: Mapping[int, Members]) -> None:
     for device in {w.tensor.device for w in weights} if changes else ():
         here = [w for w in weights if w.tensor.device == device and w.tensor.numel()]
         tensors = [w.tensor.detach() for w in here]
         items = [Item(tensor, tensor, w.key, 1.0, (), mask=masks.get(w.key)) for w, tensor in zip(here, tensors, strict=True)]
         keys = keys_of(items, [(change.seeds, change.rounding) for change in changes], device)
-        each = [[_item(item, *change.steps[w.group]) for w, item in zip(here, items, strict=True)] for change in changes]
+        each = [[_item(item, *step_of(change, w)) for w, item in zip(here, items, strict=True)] for change in changes]
         table = [[(own[i], drawn[i]) for own, drawn in zip(each, keys, strict=True)] for i in range(len(here))]
         fused = any(w.tensor.numel() > SMALL for w in here) and available(device.type)
         small: dict[torch.dtype, list[tuple[Item, Drawn]]] = {}

@@ -12,10 +12,16 @@ from torch import Tensor, nn
 from zo_lightning.engine.estimators import Displacement
 from zo_lightning.engine.masks.state import Masks
 from zo_lightning.engine.noise import Change, Item, Noise, sweep
+from zo_lightning.engine.noise.changes import hold, step_of
 from zo_lightning.engine.noise.members import Members
 from zo_lightning.engine.parameters import Trained
 from zo_lightning.engine.residency.masters import Masters
 from zo_lightning.engine.signals import held
+
+
+def eps_of(p: Trained, eps: Sequence[float]) -> float:
+    """The perturbation scale of a tensor."""
+    return eps[p.group] * p.unit
 
 
 class Residency(ABC):
@@ -58,11 +64,12 @@ class Residency(ABC):
         trained = self.moving(self.steady())
         moving = [p for p in trained if change.steps[p.group][0] != 1.0 or any(change.steps[p.group][1])]
         with self.still(), held():
-            items = []
-            for p in self.masters.instead_of(moving):
+            items, moved = [], self.masters.instead_of(moving)
+            for p in moved:
                 weights = p.tensor.detach()
-                items.append(Item(weights, weights, p.key, *change.steps[p.group], mask=self.mask_of(p)))
+                items.append(Item(weights, weights, p.key, *step_of(change, p), mask=self.mask_of(p)))
             sweep(items, change.seeds, self.noise, rounding=change.rounding)
+            hold(moved)
             self.masters.write_back()
 
     def moving(self, parameters: Sequence[Trained]) -> list[Trained]:
@@ -133,6 +140,6 @@ class Residency(ABC):
     ) -> list[Item]:
         """Items that write theta + sum_j m_j eps z(s_j) into `outs`, into some rows of them where `rows` is given."""
         return [
-            Item(out, p.tensor.detach(), p.key, 1.0, tuple(multiple * eps[p.group] for _, multiple in point), rows, self.mask_of(p))
+            Item(out, p.tensor.detach(), p.key, 1.0, tuple(multiple * eps_of(p, eps) for _, multiple in point), rows, self.mask_of(p))
             for p, out in zip(parameters, outs, strict=True)
         ]

@@ -7,9 +7,10 @@ from contextlib import AbstractContextManager, contextmanager
 
 from zo_lightning.engine.estimators import Displacement
 from zo_lightning.engine.noise import Change, Item, sweep
+from zo_lightning.engine.noise.changes import hold, step_of
 from zo_lightning.engine.noise.members import Band, Bits, Members
 from zo_lightning.engine.parameters import Trained
-from zo_lightning.engine.residency.base import Residency
+from zo_lightning.engine.residency.base import Residency, eps_of
 from zo_lightning.engine.residency.turns import Turns
 from zo_lightning.engine.signals import held
 
@@ -112,8 +113,8 @@ class InPlace(Residency):
         every = list(dict.fromkeys([*back, *change.seeds]))
         items = []
         for p in self.moving(self.trained):
-            decay, coefficients = change.steps[p.group]
-            total = {seed: -decay * multiple * self._eps[p.group] for seed, multiple in back.items()}
+            decay, coefficients = step_of(change, p)
+            total = {seed: -decay * multiple * eps_of(p, self._eps) for seed, multiple in back.items()}
             for seed, c in zip(change.seeds, coefficients, strict=True):
                 total[seed] = total.get(seed, 0.0) + c
             weights = p.tensor.detach()
@@ -123,6 +124,7 @@ class InPlace(Residency):
         with self.still(), held():
             self._here = {}
             sweep(items, every, self.noise, rounding=change.rounding)
+            hold(self.moving(self.trained))
 
     def _move(self, target: dict[int, float], eps: Sequence[float]) -> None:
         """One pass from the displacement in place to `target`. Not interrupted by signals; undone where it fails."""
@@ -133,7 +135,7 @@ class InPlace(Residency):
         items = []
         for p in self.moving(self.trained):
             weights = p.tensor.detach()
-            coefficients = tuple(multiple * eps[p.group] for multiple in change.values())
+            coefficients = tuple(multiple * eps_of(p, eps) for multiple in change.values())
             items.append(Item(weights, weights, p.key, 1.0, coefficients, mask=self._mask(p)))
         done: list[Item] = []
         with held():

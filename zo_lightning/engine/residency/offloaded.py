@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from zo_lightning.engine.baton import Baton
 from zo_lightning.engine.estimators import Displacement
-from zo_lightning.engine.malloc import give_back
+from zo_lightning.engine.malloc import Grown
 from zo_lightning.engine.noise import Noise, sweep
 from zo_lightning.engine.noise.members import Listed
 from zo_lightning.engine.offload import DiskTier, InBuffers, Offload, Parcel, Traffic, parcels_of
@@ -38,6 +38,8 @@ Holders = dict[nn.Module | None, list[Parcel]]
 _OWNERS: WeakKeyDictionary[nn.Module, ref[Offloaded]] = WeakKeyDictionary()
 """Who has the weights of a module; another optimizer takes them over with all updates."""
 
+KEPT = 1 << 26
+"""Bytes of freed memory that stay with the process from one block to the next."""
 AHEAD = 4
 """How many parcels are announced; how many of them are fetched ahead is for their place to say."""
 
@@ -73,6 +75,7 @@ class Offloaded(Stamped):
         self._borders = Borders(self._used)
         self._kind: type[nn.Module] | None = None
         """Of the module that ran last."""
+        self._grown = Grown()
         self.lockstep = offload.lockstep
         super().__init__(module, trained, noise)
         kept = before if isinstance(before, Offloaded) and before.device == self.device and before._holds_all() else None
@@ -179,8 +182,8 @@ class Offloaded(Stamped):
 
     def _entering(self, parcels: Sequence[Parcel]) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
-            if type(module) is not self._kind and self.device.type == "cpu":
-                give_back()  # what the last kind of module has freed would stay beside what this one needs
+            if self.device.type == "cpu":  # what the last kind of module has freed would stay beside what this one needs
+                self._grown.give_back(KEPT if type(module) is self._kind else 0)
             self._kind = type(module)
             stack = ExitStack()
             stack.enter_context(self._used(parcels))

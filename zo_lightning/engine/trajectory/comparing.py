@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from zo_lightning.engine.noise.compiling import available
+from zo_lightning.engine.parameters import Trained
 from zo_lightning.engine.trajectory.fingerprint import dtype_name
 from zo_lightning.engine.trajectory.log import Log, read_log
 from zo_lightning.engine.trajectory.records import LOST, ParameterEntry, Segment
@@ -38,11 +39,15 @@ def describe(optimizer: ZOOptimizer, fingerprint: str, frozen: str, base: str | 
         compiled=available(device.type),
         device=str(device),
         versions={"zo_lightning": __version__, "torch": str(torch.__version__)},
-        parameters=tuple(ParameterEntry(p.name, tuple(p.tensor.shape), dtype_name(p.tensor.dtype), p.group) for p in residency.trained),
+        parameters=tuple(_entry(p) for p in residency.trained),
         fingerprint=fingerprint,
         frozen=frozen,
         base=base,
     )
+
+
+def _entry(p: Trained) -> ParameterEntry:
+    return ParameterEntry(p.name, tuple(p.tensor.shape), dtype_name(p.tensor.dtype), p.group, p.unit, p.floor)
 
 
 def _options(part: Any) -> dict[str, Any]:

@@ -29,6 +29,7 @@ _KIND_OF = {kind: number for number, kind in KINDS.items()}
 _SKIPPED, _TRACES, _SETTINGS = 1, 2, 4
 _HEAD = struct.Struct("<QHIH")
 _CHANGED = struct.Struct("<BH")
+_SCALE = {"unit": 1.0, "floor": None}
 _FIELDS = ("lr", "eps", "weight_decay")
 
 Last = tuple[GroupSettings, ...]
@@ -40,7 +41,7 @@ def encode(record: Record, last: Last) -> tuple[int, int, bytes]:
     check(record, last)
     if isinstance(record, StepRecord):
         return STEP, *_encode_step(record, last)
-    return _KIND_OF[type(record)], 0, canonical(asdict(record))
+    return _KIND_OF[type(record)], 0, canonical(table_of(record))
 
 
 def decode(kind: int, flags: int, payload: bytes, last: Last) -> Record:
@@ -51,6 +52,16 @@ def decode(kind: int, flags: int, payload: bytes, last: Last) -> Record:
     if encode(record, last) != (kind, flags, payload):
         raise ValueError("it is not written the way that this library writes it")
     return record
+
+
+def table_of(record: Any) -> dict[str, Any]:
+    """A record other than a step as plain types, which `segment_of` and its like make a record again."""
+    table: dict[str, Any] = asdict(record)
+    for entry in table["parameters"] if isinstance(record, Segment) else ():
+        for name, usual in _SCALE.items():
+            if entry[name] == usual:
+                del entry[name]  # most have neither, and logs of before had none
+    return table
 
 
 def canonical(value: Any) -> bytes:
@@ -76,7 +87,7 @@ def segment_of(value: Any) -> Segment:
         raise ValueError("parameters: not a list")
     entries = []
     for entry in value["parameters"]:
-        _exact(entry, names(ParameterEntry))
+        _exact({**_SCALE, **entry} if isinstance(entry, dict) else entry, names(ParameterEntry))
         if not isinstance(entry["shape"], list):
             raise ValueError("shape: not a list")
         entries.append(ParameterEntry(**{**entry, "shape": tuple(entry["shape"])}))

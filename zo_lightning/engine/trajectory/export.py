@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +16,7 @@ from zo_lightning.engine.journal import StepRecord
 from zo_lightning.engine.trajectory import columns as layout
 from zo_lightning.engine.trajectory.atomic import same_file, write_bytes
 from zo_lightning.engine.trajectory.columns import FORMAT, Columns
-from zo_lightning.engine.trajectory.encoding import canonical, mask_of, parse, segment_of
+from zo_lightning.engine.trajectory.encoding import canonical, mask_of, parse, segment_of, table_of
 from zo_lightning.engine.trajectory.frames import MAGIC, LogError
 from zo_lightning.engine.trajectory.log import Log, read_log
 from zo_lightning.engine.trajectory.records import End, Mark, MaskRecord, Record, Segment, check
@@ -112,10 +112,10 @@ def encode(tune: FineTune) -> bytes:
         "skipped": np.packbits(np.array([step.skipped for step in steps], bool), bitorder="little"),
         **_pack(steps),
     }
-    segment = canonical(asdict(tune.segment)).decode()
+    segment = canonical(table_of(tune.segment)).decode()
     metadata = {"format": FORMAT, "version": VERSION, "segment": segment, "steps": str(len(steps)), "result": tune.result}
     if tune.masks:
-        metadata["masks"] = canonical([asdict(mask) for mask in tune.masks]).decode()
+        metadata["masks"] = canonical([table_of(mask) for mask in tune.masks]).decode()
     digest = blake2b(layout.encode(columns, metadata), digest_size=32, person=b"zo.export").hexdigest()
     return layout.encode(columns, {**metadata, "digest": digest})
 

@@ -35,6 +35,9 @@ class ParameterEntry:
     shape: tuple[int, ...]
     dtype: str
     group: int
+    unit: float = 1.0
+    """The size of its noise, and the least value that updates leave; both are in a record only where they are not these."""
+    floor: float | None = None
 
 
 @dataclass(frozen=True)
@@ -226,6 +229,12 @@ def _check_parameter(entry: ParameterEntry) -> None:
     _require(math.prod(entry.shape) < 1 << 62, f"parameters: {entry.name!r:.100} is too large")
     _require(entry.dtype in DTYPES, f"parameters: dtype {entry.dtype!r:.100} of {entry.name!r:.100}")
     _integer(entry.group, f"group of {entry.name!r:.100}", 0, LARGEST_GROUPS - 1)
+    _require(_positive(entry.unit), f"unit of {entry.name!r:.100}: no finite number above 0")
+    _require(entry.floor is None or _positive(entry.floor), f"floor of {entry.name!r:.100}: no finite number above 0")
+
+
+def _positive(number: object) -> bool:
+    return isinstance(number, float) and math.isfinite(number) and number > 0
 
 
 def _part(part: object, name: str) -> None:
