@@ -40,7 +40,7 @@ from zo_lightning.quantized import train_scales
 LR = 1e-3
 KINDS: dict[str, Callable[[], Any]] = {
     "int8, a scale a row": Int8WeightOnlyConfig,
-    "int4, groups of 32": lambda: IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)),
+    "int4, groups of 32": lambda: IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)),  # type: ignore[attr-defined]
 }
 
 

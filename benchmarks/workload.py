@@ -80,7 +80,7 @@ def with_lora(model: nn.Module, rank: int) -> nn.Module:
     """LoRA where peft puts it by itself: on the projections of queries and values of the architectures that it knows."""
     import peft
 
-    return peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2 * rank))  # type: ignore[no-any-return,arg-type]
+    return peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2 * rank))
 
 
 def describe(workload: Workload, options: argparse.Namespace) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class QuantizedMixin(_Host):
         if not has_scales(self.model):
             super()._save(output_dir, state_dict)
             return
-        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        folder = Path(str(self.args.output_dir if output_dir is None else output_dir))
         own = vars(self.model).get("save_pretrained")
         self.model.save_pretrained = functools.partial(_save_scales, self.model)  # the host calls it, and writes what goes with the model
         try:

@@ -45,7 +45,7 @@ def steps(model: Any, shape: str = "llama", count: int = 3, **options: Any) -> Z
 
 
 def by_hand(model: Any, shape: str, count: int, lr: float, eps: float, clip: float = 100.0, **more: Any) -> dict[str, Tensor]:
-    """s + eps u z and max(floor, s - lr g u z), written from the documentation."""
+    """s + eps u z and max(least, s - lr g u z), written from the documentation."""
     canonical, trained = names_of(model), {name: p for name, p in model.named_parameters() if p.requires_grad}
     for step in range(count):
         seed = query_seed(0, step, 0)
@@ -62,7 +62,7 @@ def by_hand(model: Any, shape: str, count: int, lr: float, eps: float, clip: flo
                 losses.append(float(loss_of(model, shape)()))
         g = max(-clip, min(clip, (losses[0] - losses[1]) / (2 * eps)))
         for name, p in trained.items():
-            p.data = (begun[name] - lr * g * p.unit * z[name]).clamp(min=p.floor)
+            p.data = (begun[name] - lr * g * p.unit * z[name]).clamp(min=p.least)
     return scales(model)
 
 
@@ -88,8 +88,8 @@ def test_units_are_powers_of_two_near_the_mean(bits: str) -> None:
     for name, p in made("opt", bits).named_parameters():
         if p.requires_grad:
             assert math.log2(p.unit) == round(math.log2(p.unit))
-            assert 2**-0.51 < float(p.mean()) / p.unit < 2**0.51, name
-            assert p.floor == 1e-7
+            assert 2**-0.51 < float(p.detach().mean()) / p.unit < 2**0.51, name
+            assert 0 < p.least <= 1e-7
 
 
 @pytest.mark.parametrize("weights", ["exact", "copy", "inplace"])
@@ -99,11 +99,11 @@ def test_residencies_agree_and_no_scale_falls_below_the_floor(weights: str, dtyp
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
-                p.floor = 0.9 * float(p.min())
-    kept = {name: p.floor for name, p in model.named_parameters() if p.requires_grad}
-    steps(model, lr=0.3, weights=weights)
+                p.least = 0.9 * float(p.detach().min())
+    kept = {name: p.least for name, p in model.named_parameters() if p.requires_grad}
+    steps(model, lr=3.0, weights=weights)
     other = copy.deepcopy(model)
-    assert {name: p.floor for name, p in other.named_parameters() if p.requires_grad} == kept
+    assert {name: p.least for name, p in other.named_parameters() if p.requires_grad} == kept
     values = scales(model)
     assert all(float(value.min()) >= kept[name] * 0.99 for name, value in values.items())
     touched = sum(int((value <= kept[name] * 1.01).sum()) for name, value in values.items())
@@ -111,11 +111,11 @@ def test_residencies_agree_and_no_scale_falls_below_the_floor(weights: str, dtyp
     reference = made(bits="int8", dtype=dtype)
     for name, p in reference.named_parameters():
         if p.requires_grad:
-            p.floor = kept[name]
-    steps(reference, lr=0.3, weights="exact")
+            p.least = kept[name]
+    steps(reference, lr=3.0, weights="exact")
     if weights == "inplace":
         for name, value in scales(reference).items():
-            torch.testing.assert_close(value, values[name], rtol=1e-4 if dtype == torch.float32 else 2e-2, atol=0)
+            torch.testing.assert_close(value, values[name], rtol=1e-3 if dtype == torch.float32 else 2e-2, atol=0)
     else:
         assert same(scales(reference), values)
 
@@ -138,9 +138,9 @@ def test_a_step_log_replays_to_the_bit(kind: str, weights: str, tmp_path: Path) 
     model = made(bits="int8", dtype=dtype)
     for p in model.parameters():
         if p.requires_grad:
-            p.floor = 0.9 * float(p.min())
+            p.least = 0.9 * float(p.detach().min())
     options: dict[str, Any] = {"mask": MASKS.get(kind), "estimator": SPSA(3) if kind == "queries" else None}
-    optimizer = ZOOptimizer(model, lr=0.3, eps=1e-2, weights=weights, safeguard=None, **options)
+    optimizer = ZOOptimizer(model, lr=3.0, eps=1e-2, weights=weights, safeguard=None, **options)
     plain = {names_of(model)[id(p)]: p.detach().clone() for p in model.parameters() if p.requires_grad}
     log = Trajectory(tmp_path)
     log.begin(optimizer)
@@ -148,7 +148,7 @@ def test_a_step_log_replays_to_the_bit(kind: str, weights: str, tmp_path: Path) 
         optimizer.step(loss_of(model))
     log.end(optimizer)
     log.close(optimizer)
-    replay(log.path, plain)
+    replay(plain, log.path)
     assert same(plain, {names_of(model)[id(p)]: p.detach() for p in model.parameters() if p.requires_grad})
 
 
@@ -159,7 +159,7 @@ def test_a_log_without_scales_has_no_word_of_them(tmp_path: Path) -> None:
     log.begin(optimizer)
     log.close(optimizer)
     assert b'"unit"' not in log.path.read_bytes()
-    assert b'"floor"' not in log.path.read_bytes()
+    assert b'"least"' not in log.path.read_bytes()
 
 
 @pytest.mark.parametrize("kind", MASKS)
@@ -280,6 +280,7 @@ def test_what_is_trained() -> None:
     assert train_scales(model) == [name for name, p in model.named_parameters() if isinstance(p, Scale)]
 
 
+@pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated without:UserWarning")
 def test_lora_on_a_quantized_base() -> None:
     model = peft.get_peft_model(quantized(), peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False))
     kept, before = integers(model), logits(model, "llama")
@@ -291,8 +292,8 @@ def test_lora_on_a_quantized_base() -> None:
 def test_streamed_weights_beside_quantized_ones() -> None:
     exact, streamed = made(), made()
     steps(exact, weights="exact")
-    steps(streamed, weights=Offload())
-    assert same(scales(exact), scales(streamed))
+    with steps(streamed, weights=Offload()).settled():
+        assert same(scales(exact), scales(streamed))
 
 
 # ---- what is refused

@@ -21,7 +21,10 @@ from zo_lightning.engine import ZOOptimizer
 from zo_lightning.hf_integration import ZOTrainer
 from zo_lightning.quantized import load_scales, train_scales
 
-pytestmark = pytest.mark.filterwarnings("ignore:lr=.*:zo_lightning.engine.messages.ZOWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:lr=.*:zo_lightning.engine.messages.ZOWarning"),
+    pytest.mark.filterwarnings("ignore:The run in .* was cut off:zo_lightning.engine.messages.ZOWarning"),
+]
 STEPS = 4
 ROWS = [{"input_ids": row, "labels": row} for row in torch.cat([IDS, IDS.flip(1)])]
 

@@ -20,7 +20,7 @@ _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 class Trained:
     """One trained tensor: its canonical name and key, the group whose lr, eps and decay it has, and every parameter tied to it.
 
-    `unit` and `floor` are those of a `Scale`.
+    `unit` and `least` are those of a `Scale`.
     """
 
     name: str
@@ -29,32 +29,32 @@ class Trained:
     group: int
     aliases: tuple[Tensor, ...]
     unit: float = 1.0
-    floor: float | None = None
+    least: float | None = None
 
 
 class Scale(nn.Parameter):
-    """A parameter whose noise has a size of its own, unit * z, and which no update takes below `floor` (None: no bound).
+    """A parameter whose noise has a size of its own, unit * z, and which no update takes below `least` (None: no bound).
 
-    Evaluations are at theta + eps unit z, updates are theta <- max(floor, (1 - lr wd) theta - lr g unit z): theta / unit is perturbed and
+    Evaluations are at theta + eps unit z, updates are theta <- max(least, (1 - lr wd) theta - lr g unit z): theta / unit is perturbed and
     updated as other parameters are.
     """
 
     unit: float
-    floor: float | None
+    least: float | None
 
-    def __new__(cls, data: Tensor, requires_grad: bool = True, unit: float = 1.0, floor: float | None = None) -> Scale:
+    def __new__(cls, data: Tensor, requires_grad: bool = True, unit: float = 1.0, least: float | None = None) -> Scale:
         made: Scale = super().__new__(cls, data, requires_grad)
-        made.unit, made.floor = unit, floor
+        made.unit, made.least = unit, least
         return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Scale:
         if id(self) not in memo:
-            memo[id(self)] = Scale(self.detach().clone(memory_format=torch.preserve_format), self.requires_grad, self.unit, self.floor)
+            memo[id(self)] = Scale(self.detach().clone(memory_format=torch.preserve_format), self.requires_grad, self.unit, self.least)
         copied: Scale = memo[id(self)]
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return Scale, (self.detach(), self.requires_grad, self.unit, self.floor)
+        return Scale, (self.detach(), self.requires_grad, self.unit, self.least)
 
 
 def canonical_names(names: Sequence[str]) -> list[str]:
@@ -133,7 +133,7 @@ def collect(groups: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> li
 
 
 def _scale(aliases: Sequence[Tensor]) -> tuple[float, float | None]:
-    return next(((alias.unit, alias.floor) for alias in aliases if isinstance(alias, Scale)), (1.0, None))
+    return next(((alias.unit, alias.least) for alias in aliases if isinstance(alias, Scale)), (1.0, None))
 
 
 def _check(name: str, tensor: Tensor) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from zo_lightning.engine.offload.buffers import size_class
+from zo_lightning.engine.residency.offloaded import KEPT
 from zo_lightning.planning.forward import Forward, Pass, trace
 from zo_lightning.planning.machine import Machine
 from zo_lightning.planning.weights import Weights
@@ -132,8 +133,8 @@ class _Planner:
         memory = {"weights": self.weights.nbytes + self.weights.buffers, "float32 vectors": self.weights.masters, "scratch": scratch}
         return self._mode(name, f'weights="{name}"', {**memory, **self._activations(self.run.peak)})
 
-    def _activations(self, nbytes: int, passes: int = 1) -> dict[str, int]:
-        kept = self.run.kept + passes * min(HOLES, nbytes) + int(HOLES_OF_ACTIVATIONS * nbytes)
+    def _activations(self, nbytes: int) -> dict[str, int]:
+        kept = self.run.kept + min(HOLES, nbytes) + int(HOLES_OF_ACTIVATIONS * nbytes)
         return {"activations": nbytes, "kept by malloc": 0 if self.machine.on_gpu else kept}
 
     def _streamed(self) -> dict[str, int]:
@@ -141,8 +142,9 @@ class _Planner:
         return {"resident weights": resident, "float32 vectors": self.weights.masters, "scratch": self._scratch}
 
     def _from_disk(self) -> Mode:
-        passes = self.points if self.lockstep else 1
-        memory = {**self._streamed(), **self._activations(self._passes_at_once(), passes), "blocks": self._buffers()}
+        nbytes = self._passes_at_once()
+        kept = {"kept by malloc": min(KEPT, nbytes)}  # more is given back from one block to the next
+        memory = {**self._streamed(), "activations": nbytes, **kept, "blocks": self._buffers()}
         return self._mode("offload (disk)", "Offload()", memory, disk=self.weights.slots(), streams=True)
 
     def _to_gpu(self, tier: str) -> Mode:

@@ -98,13 +98,14 @@ class BitsAndBytes4(Format):
         return {"weight_absmax": state.absmax}
 
     def put(self, module: nn.Module, name: str, tensor: Tensor) -> None:
+        layer: Any = module
         state = self._state(module)
         if state.absmax is not tensor:
             state.absmax = tensor
-        if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.support_avx512bf16_for_cpu = False  # this kernel keeps a copy of its own
+        if getattr(layer, "support_avx512bf16_for_cpu", False):
+            layer.support_avx512bf16_for_cpu = False  # this kernel keeps a copy of its own
 
-    def _state(self, module: nn.Module) -> Any:
+    def _state(self, module: Any) -> Any:
         return module.weight.quant_state
 
 
@@ -147,7 +148,8 @@ class Packed(Format):
         return fits
 
     def scales(self, module: nn.Module) -> dict[str, Tensor]:
-        return {"scales": module.scales}
+        scales: Any = module.scales
+        return {"scales": scales}
 
     def put(self, module: nn.Module, name: str, tensor: Tensor) -> None:
         """The module has it by its name."""

@@ -145,8 +145,8 @@ def _attach(one: Found) -> None:
     parameter = one.module._parameters.get(one.name)
     if not isinstance(parameter, Scale):
         unit = _unit(one)
-        floor = min(FLOOR, float(one.tensor.min())) if one.is_scale else None
-        parameter = Scale(one.tensor.detach().contiguous(), True, unit, floor)
+        least = min(FLOOR, float(one.tensor.min())) if one.is_scale else None
+        parameter = Scale(one.tensor.detach().contiguous(), True, unit, least)
         one.module._buffers.pop(one.name, None)
         one.module.register_parameter(one.name, parameter)
         binding = next((hook for hook in one.module._forward_pre_hooks.values() if isinstance(hook, Binding)), None)

@@ -30,7 +30,7 @@ class Layer(NamedTuple):
     tensor: Tensor
     group: int = 0
     unit: float = 1.0
-    floor: float | None = None
+    least: float | None = None
 
     @property
     def block(self) -> str | None:

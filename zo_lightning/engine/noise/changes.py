@@ -46,7 +46,7 @@ class Weights(Protocol):
     def unit(self) -> float: ...
 
     @property
-    def floor(self) -> float | None: ...
+    def least(self) -> float | None: ...
 
 
 def step_of(change: Change, weights: Weights) -> tuple[float, tuple[float, ...]]:
@@ -56,10 +56,10 @@ def step_of(change: Change, weights: Weights) -> tuple[float, tuple[float, ...]]
 
 
 def hold(weights: Sequence[Weights]) -> None:
-    """theta <- max(floor, theta) where there is a bound."""
+    """theta <- max(least, theta) where there is a bound."""
     for w in weights:
-        if w.floor is not None:
-            w.tensor.detach().clamp_(min=w.floor)
+        if w.least is not None:
+            w.tensor.detach().clamp_(min=w.least)
 
 
 @torch.no_grad()
@@ -67,8 +67,8 @@ def apply_changes(
     weights: Sequence[Weights], changes: Sequence[Change], noise: Noise, masks: Mapping[int, Members] = MappingProxyType({})
 ) -> None:
     """Apply the changes in their order; bit for bit what a `sweep` for each of them does. `masks` are by the key of the parameter."""
-    bounded = [w for w in weights if w.floor is not None]
-    _apply([w for w in weights if w.floor is None], changes, noise, masks)
+    bounded = [w for w in weights if w.least is not None]
+    _apply([w for w in weights if w.least is None], changes, noise, masks)
     for change in changes if bounded else ():
         _apply(bounded, [change], noise, masks)
         hold(bounded)

@@ -47,7 +47,7 @@ def describe(optimizer: ZOOptimizer, fingerprint: str, frozen: str, base: str | 
 
 
 def _entry(p: Trained) -> ParameterEntry:
-    return ParameterEntry(p.name, tuple(p.tensor.shape), dtype_name(p.tensor.dtype), p.group, p.unit, p.floor)
+    return ParameterEntry(p.name, tuple(p.tensor.shape), dtype_name(p.tensor.dtype), p.group, p.unit, p.least)
 
 
 def _options(part: Any) -> dict[str, Any]:

@@ -29,7 +29,7 @@ _KIND_OF = {kind: number for number, kind in KINDS.items()}
 _SKIPPED, _TRACES, _SETTINGS = 1, 2, 4
 _HEAD = struct.Struct("<QHIH")
 _CHANGED = struct.Struct("<BH")
-_SCALE = {"unit": 1.0, "floor": None}
+_SCALE = {"unit": 1.0, "least": None}
 _FIELDS = ("lr", "eps", "weight_decay")
 
 Last = tuple[GroupSettings, ...]

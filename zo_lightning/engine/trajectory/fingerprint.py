@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zo_lightning.engine.parameters import Trained, canonical_names
 from zo_lightning.engine.trajectory.encoding import canonical
@@ -40,7 +41,9 @@ def trained_fingerprint(trained: Sequence[Trained]) -> str:
 
 
 def frozen_fingerprint(module: nn.Module, trained: Sequence[Trained]) -> str:
-    """Of everything else that a state dict of `module` has: frozen parameters and persistent buffers. Meta tensors by shape alone."""
+    """Of everything else that a state dict of `module` has: frozen parameters and persistent buffers. Meta tensors by shape alone, of
+    quantized weights the integers.
+    """
     aliases = {id(alias) for p in trained for alias in p.aliases} | {id(p.tensor) for p in trained}
     named: dict[str, Tensor] = dict(module.named_parameters())
     for prefix, owner in module.named_modules():
@@ -48,7 +51,19 @@ def frozen_fingerprint(module: nn.Module, trained: Sequence[Trained]) -> str:
             if buffer is not None and name not in owner._non_persistent_buffers_set:
                 named.setdefault(f"{prefix}.{name}" if prefix else name, buffer)
     keys = canonical_names(list(named))
-    return fingerprint({key: tensor for key, tensor in zip(keys, named.values(), strict=True) if id(tensor) not in aliases})
+    kept = {key: tensor for key, tensor in zip(keys, named.values(), strict=True) if id(tensor) not in aliases}
+    return fingerprint({name: part for key, tensor in kept.items() for name, part in _parts(key, tensor)})
+
+
+def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A tensor, or the integers inside a wrapper of several; its scales may be trained."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield name, tensor
+        return
+    for inner in tensor.__tensor_flatten__()[0]:
+        part = getattr(tensor, inner)
+        if is_traceable_wrapper_subclass(part) or not part.is_floating_point():
+            yield from _parts(f"{name}.{inner}", part)
 
 
 @torch.no_grad()

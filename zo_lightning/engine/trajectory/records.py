@@ -37,7 +37,7 @@ class ParameterEntry:
     group: int
     unit: float = 1.0
     """The size of its noise, and the least value that updates leave; both are in a record only where they are not these."""
-    floor: float | None = None
+    least: float | None = None
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ def _check_parameter(entry: ParameterEntry) -> None:
     _require(entry.dtype in DTYPES, f"parameters: dtype {entry.dtype!r:.100} of {entry.name!r:.100}")
     _integer(entry.group, f"group of {entry.name!r:.100}", 0, LARGEST_GROUPS - 1)
     _require(_positive(entry.unit), f"unit of {entry.name!r:.100}: no finite number above 0")
-    _require(entry.floor is None or _positive(entry.floor), f"floor of {entry.name!r:.100}: no finite number above 0")
+    _require(entry.least is None or _positive(entry.least), f"least of {entry.name!r:.100}: no finite number above 0")
 
 
 def _positive(number: object) -> bool:

@@ -60,7 +60,7 @@ def match(target: Target, segment: Segment) -> list[Trained]:
                 raise ValueError(f"Parameter {entry.name!r} has {what} {here} here and {there} in the step log. Load the model as it was.")
         if tensor.is_meta:
             raise ValueError(f"Parameter {entry.name!r} is on the meta device, so it has no values. Load the weights first.")
-        trained.append(Trained(entry.name, parameter_key(entry.name), tensor.detach(), entry.group, (tensor,), entry.unit, entry.floor))
+        trained.append(Trained(entry.name, parameter_key(entry.name), tensor.detach(), entry.group, (tensor,), entry.unit, entry.least))
     return trained
 
 
