@@ -280,6 +280,17 @@ def test_what_is_trained() -> None:
     assert train_scales(model) == [name for name, p in model.named_parameters() if isinstance(p, Scale)]
 
 
+def test_modules_that_share_a_weight_share_its_scales() -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32))
+    quantize_(model, CONFIGS["int4"])
+    model[2].weight = model[0].weight
+    assert train_scales(model) == ["0.weight_scale"]
+    optimizer, rows = ZOOptimizer(model, lr=0.1, weights="exact"), torch.randn(4, 32)
+    for _ in range(3):
+        optimizer.step(lambda: model(rows).square().mean())
+    assert model[0].weight.scale is model[2].weight_scale is model[0].weight_scale
+
+
 @pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated without:UserWarning")
 def test_lora_on_a_quantized_base() -> None:
     model = peft.get_peft_model(quantized(), peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False))

@@ -27,7 +27,7 @@ CUDA_CONTEXT = 500_000_000
 
 
 HOLES, HOLES_OF_ACTIVATIONS = 55_000_000, 0.15
-"""What fragmentation adds to a heap: bytes for each forward pass that is under way, and a share of its activations. Not derived: fitted to
+"""What fragmentation adds to a heap where weights are in memory: bytes, and a share of the activations. Not derived: fitted to
 the peaks of benchmarks/plan_accuracy.py, beside those with a malloc that gives everything back."""
 
 

@@ -68,8 +68,9 @@ def train_scales(model: nn.Module, *, zero_points: bool = False, also: Sequence[
         _check_values(one)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    tied: dict[int, Scale] = {}
     for one in chosen:
-        _attach(one)
+        _attach(one, tied)
     for name, parameter in rest:
         if _matches(name, also):
             parameter.requires_grad_(True)
@@ -140,13 +141,13 @@ def has_scales(model: nn.Module) -> bool:
     return any(isinstance(hook, Binding) for module in model.modules() for hook in module._forward_pre_hooks.values())
 
 
-def _attach(one: Found) -> None:
-    """Make it a parameter of its module, which the module computes with."""
+def _attach(one: Found, tied: dict[int, Scale]) -> None:
+    """Make it a parameter of its module, which the module computes with; the same one where modules share a weight."""
     parameter = one.module._parameters.get(one.name)
     if not isinstance(parameter, Scale):
-        unit = _unit(one)
-        least = min(FLOOR, float(one.tensor.min())) if one.is_scale else None
-        parameter = Scale(one.tensor.detach().contiguous(), True, unit, least)
+        parameter = tied.get(id(one.tensor))
+        if parameter is None:
+            parameter = tied[id(one.tensor)] = _scale(one)
         one.module._buffers.pop(one.name, None)
         one.module.register_parameter(one.name, parameter)
         binding = next((hook for hook in one.module._forward_pre_hooks.values() if isinstance(hook, Binding)), None)
@@ -174,6 +175,11 @@ class Binding:
                     "Call train_scales(model) again."
                 )
             self.format.put(module, name, parameter)
+
+
+def _scale(one: Found) -> Scale:
+    least = min(FLOOR, float(one.tensor.min())) if one.is_scale else None
+    return Scale(one.tensor.detach().contiguous(), True, _unit(one), least)
 
 
 def _unit(one: Found) -> float:

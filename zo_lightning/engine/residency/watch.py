@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map_only
 
 from zo_lightning.engine.noise.compiling import available
@@ -80,6 +80,10 @@ class ReadWatch(TorchDispatchMode):
 
     def _read(self, tensor: Tensor) -> Tensor:
         """What is read in its place."""
+        if is_traceable_wrapper_subclass(tensor):
+            for name in tensor.__tensor_flatten__()[0]:
+                self._read(getattr(tensor, name))
+            return tensor
         if tensor.layout != torch.strided or tensor.is_meta or not tensor.numel():
             return tensor
         storage = tensor.untyped_storage()
