@@ -14,6 +14,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -168,3 +169,14 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
 def losses(host: Any, key: str = "loss") -> list[float]:
     """What the trainer logged under `key`, in order."""
     return [entry[key] for entry in host.state.log_history if key in entry]
+
+
+class StopAt(TrainerCallback):
+    """A run that is cut off: InterruptedError after so many steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.steps:
+            raise InterruptedError

@@ -35,6 +35,24 @@ def lightning(name: str = NAMES[0]) -> Any:
     return import_module(name)
 
 
+def wrapped(model: Any, lr: float = 1e-3) -> Any:
+    """A LightningModule around a model of transformers, which trains whatever of it is not frozen."""
+
+    class Wrapped(lightning().LightningModule):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+            loss: Tensor = self.model(**batch).loss
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=lr)
+
+    return Wrapped()
+
+
 def net(dtype: torch.dtype = torch.float32, dropout: float = 0.1) -> nn.Sequential:
     """A network with blocks, a normalisation with buffers, and dropout; equal weights every time."""
     with torch.random.fork_rng():

@@ -10,8 +10,8 @@ import peft
 import pytest
 import torch
 from engine_models import same, snapshot
-from hf_tools import arguments
-from lightning_models import lightning
+from hf_tools import StopAt, arguments
+from lightning_models import lightning, wrapped
 from peft_tools import IDS, KINDS, adapted, base, batch_of, logits
 from torch.utils.data import DataLoader
 
@@ -49,28 +49,6 @@ def trainer(model: Any, folder: Path, **given: Any) -> ZOTrainer:
     return ZOTrainer(model, arguments(folder, **options), train_dataset=ROWS, **more)
 
 
-class Module:
-    """A LightningModule in the namespace that is asked for."""
-
-    @staticmethod
-    def of(model: Any) -> Any:
-        host = lightning()
-
-        class Adapted(host.LightningModule):  # type: ignore[misc,name-defined]
-            def __init__(self) -> None:
-                super().__init__()
-                self.model = model
-
-            def training_step(self, given: dict[str, torch.Tensor], index: int) -> torch.Tensor:
-                loss: torch.Tensor = self.model(**given).loss
-                return loss
-
-            def configure_optimizers(self) -> Any:
-                return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=1e-3)
-
-        return Adapted()
-
-
 def by_lightning(model: Any, folder: Path, **given: Any) -> dict[str, torch.Tensor]:
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     fit = (
@@ -79,7 +57,7 @@ def by_lightning(model: Any, folder: Path, **given: Any) -> dict[str, torch.Tens
         .fit
     )
     model.train()
-    fit(Module.of(model), DataLoader(ROWS, 4))  # type: ignore[arg-type]
+    fit(wrapped(model), DataLoader(ROWS, 4))  # type: ignore[arg-type]
     return snapshot(model)
 
 
@@ -196,7 +174,7 @@ def test_a_run_that_is_killed_goes_on(how: str, kind: str, tmp_path: Path) -> No
         more = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2} if how == "accumulated" else {}
         made = trainer(adapted("llama", kind), folder, callbacks=callbacks, save_strategy="no", **more)
         if steps < STEPS:
-            made.add_callback(_Stop(steps))
+            made.add_callback(StopAt(steps))
         try:
             made.train()
         except InterruptedError:
@@ -206,15 +184,6 @@ def test_a_run_that_is_killed_goes_on(how: str, kind: str, tmp_path: Path) -> No
     expected = run(tmp_path / "whole")
     assert run(tmp_path / "cut", 2) is None
     assert same(run(tmp_path / "cut"), expected)
-
-
-class _Stop(__import__("transformers").TrainerCallback):  # type: ignore[misc]
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.steps:
-            raise InterruptedError
 
 
 def test_several_adapters_of_which_one_is_active() -> None:

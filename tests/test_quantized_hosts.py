@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from engine_models import same
-from hf_tools import arguments
-from lightning_models import lightning
-from peft_tools import IDS, logits
+from hf_tools import StopAt, arguments
+from lightning_models import lightning, wrapped
+from peft_tools import IDS, base, logits
 from quantized_tools import CONFIGS, integers, quantized, scales
 from torch.utils.data import DataLoader
 
@@ -48,29 +49,13 @@ def trainer(model: Any, folder: Path, callbacks: Any = (), **given: Any) -> ZOTr
     return ZOTrainer(model, arguments(folder, **options), train_dataset=ROWS, callbacks=list(callbacks))
 
 
-def lit(model: Any) -> Any:
-    class Lit(lightning().LightningModule):  # type: ignore[misc,name-defined]
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def training_step(self, batch: dict[str, torch.Tensor], index: int) -> torch.Tensor:
-            loss: torch.Tensor = self.model(**batch).loss
-            return loss
-
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=1e-2)
-
-    return Lit()
-
-
 def fit(model: Any, folder: Path, ckpt_path: Any = None, **given: Any) -> None:
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": folder}
     host = lightning()
     saving = host.callbacks.ModelCheckpoint(folder, save_top_k=-1, every_n_train_steps=2, filename="{step}")
     given["callbacks"] = [saving, *given.get("callbacks", ())]
     run = host.Trainer(strategy=ZOStrategy(), max_steps=STEPS, accelerator="cpu", devices=1, **quiet, **given)
-    run.fit(lit(model), DataLoader(ROWS, 4), ckpt_path=ckpt_path)  # type: ignore[arg-type]
+    run.fit(wrapped(model, lr=1e-2), DataLoader(ROWS, 4), ckpt_path=ckpt_path)  # type: ignore[arg-type]
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
@@ -134,7 +119,7 @@ def test_a_killed_run_goes_on_to_the_bit(how: str, tmp_path: Path) -> None:
         made_one = made("int4")
         hosted = trainer(made_one, folder, callbacks, **more)
         if stop < STEPS:
-            hosted.add_callback(_Stop(stop))
+            hosted.add_callback(StopAt(stop))
             with pytest.raises(InterruptedError):
                 hosted.train()
             return None
@@ -146,23 +131,9 @@ def test_a_killed_run_goes_on_to_the_bit(how: str, tmp_path: Path) -> None:
     assert same(run(tmp_path / "cut"), expected)
 
 
-class _Stop(__import__("transformers").TrainerCallback):  # type: ignore[misc]
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.steps:
-            raise InterruptedError
-
-
 def test_a_model_that_transformers_quantized(tmp_path: Path) -> None:
     """Whose Trainer takes it with adapters alone; with scales that are parameters it is trained, and saved by the package afterwards."""
-    import transformers
-
-    quantized("llama", "int8")  # torchao is there
     source = tmp_path / "source"
-    from peft_tools import base
-
     base("llama").save_pretrained(source)
     config = transformers.TorchAoConfig(CONFIGS["int8"])
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(source, quantization_config=config, device_map="cpu")
