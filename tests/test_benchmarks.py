@@ -61,6 +61,31 @@ def test_wrong_options_are_named(arguments: list[str], message: str) -> None:
     assert message in done.stderr
 
 
+def test_step_cost_of_adapters(tmp_path: Path) -> None:
+    out = tmp_path / "lora.json"
+    given = [
+        "--lora",
+        "2",
+        "--weights",
+        "auto",
+        "--loops",
+        "engine",
+        "--noise",
+        "rademacher",
+        "--batch",
+        "2",
+        "--length",
+        "8",
+        "--rounds",
+        "2",
+    ]
+    done = script("step_cost.py", *given, "--json", str(out), "--set", *TINY.split())
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert found["workload"]["lora"] == 2
+    assert set(found["times"]) == {"two forwards", "engine auto rademacher"}
+
+
 def test_noise_speed_runs_without_a_compiler(tmp_path: Path) -> None:
     out = tmp_path / "noise.json"
     done = script("noise_speed.py", "--numel", "100000", "--rounds", "2", "--json", str(out), ZO_LIGHTNING_COMPILE="0")
