@@ -22,6 +22,7 @@ from zo_lightning.engine.masks import Mask
 from zo_lightning.engine.parameters import Scale, names_of
 from zo_lightning.engine.residency import Offload
 from zo_lightning.engine.trajectory import Trajectory, replay
+from zo_lightning.engine.trajectory.fingerprint import frozen_fingerprint
 from zo_lightning.quantized import has_scales, load_scales, release_scales, save_scales, train_scales
 
 pytestmark = pytest.mark.filterwarnings("ignore:lr=.*:zo_lightning.engine.messages.ZOWarning")
@@ -206,8 +207,65 @@ def test_a_copied_or_moved_model_computes_with_its_own_scales(how: str) -> None:
 def test_scales_that_were_replaced_are_no_longer_trained_and_that_is_an_error() -> None:
     model = made()
     model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
-    with pytest.raises(RuntimeError, match=r"'weight_scale' of Linear was replaced by a Parameter .*train_scales\(model\) again"):
+    with pytest.raises(
+        RuntimeError, match=r"'weight_scale' of Linear is not what is trained any more: it was replaced .*train_scales\(model\) again"
+    ):
         loss_of(model)()
+
+
+def test_a_weight_that_was_quantized_again_has_other_scales() -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    quantize_(model, CONFIGS["int8"])
+    train_scales(model)
+    model[0].weight = nn.Parameter(torch.randn(32, 32), requires_grad=False)
+    rows, expected = torch.eye(32), model[0].weight.t() + model[0].bias
+    quantize_(model[0], CONFIGS["int8"])
+    with pytest.raises(RuntimeError, match=r"'weight_scale' of Linear is not what is trained any more: its weight was replaced"):
+        model[0](rows)
+    assert train_scales(model) == ["0.weight_scale", "1.weight_scale"]
+    torch.testing.assert_close(model[0](rows), expected, rtol=0, atol=0.02)
+    model[0].weight = nn.Parameter(torch.randn(32, 32), requires_grad=False)
+    assert train_scales(model) == ["1.weight_scale"]  # nothing is left of the other one
+    torch.testing.assert_close(model[0](rows), model[0].weight.t() + model[0].bias)
+
+
+def test_an_optimizer_goes_on_after_a_model_was_released() -> None:
+    model, other = made(), made()
+    optimizer, its = (ZOOptimizer(one, lr=1e-2, weights="exact") for one in (model, other))
+    for step in range(4):
+        if step == 2:
+            release_scales(model)
+            train_scales(model)
+        for one, run in ((model, optimizer), (other, its)):
+            run.step(loss_of(one))
+    assert same(scales(model), scales(other))
+
+
+def test_files_are_of_the_parameters_also_where_the_weight_has_others(tmp_path: Path) -> None:
+    """A cast makes new scales inside of a weight, until the next forward pass binds them."""
+    model = made()
+    save_scales(model, tmp_path / "s")
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.mul_(2)
+    model.double().float()
+    load_scales(model, tmp_path / "s")
+    assert torch.equal(logits(model, "llama"), logits(made(), "llama"))
+
+
+def test_the_base_of_a_log_is_everything_that_is_not_trained() -> None:
+    model = made(exclude=["lm_head*"])
+    optimizer = ZOOptimizer(model)
+    first = frozen_fingerprint(model, optimizer.residency.trained)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight_scale.mul_(2)
+    assert frozen_fingerprint(model, optimizer.residency.trained) == first
+    for change in (model.lm_head.weight.scale, model.lm_head.weight.qdata):
+        change.mul_(0)
+        now = frozen_fingerprint(model, optimizer.residency.trained)
+        assert now != first
+        first = now
 
 
 # ---- files
@@ -277,10 +335,12 @@ def test_what_is_trained() -> None:
     assert "bert.encoder.layer.1.attention.self.query.weight_scale" in names
     assert not any("layer.0" in name for name in names)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == set(names)
+    assert not any(name.endswith("query.weight") for name in train_scales(model, also=["*"]))
+    ZOOptimizer(model)
     assert train_scales(model) == [name for name, p in model.named_parameters() if isinstance(p, Scale)]
 
 
-def test_modules_that_share_a_weight_share_its_scales() -> None:
+def test_modules_that_share_a_weight_share_its_scales(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32))
     quantize_(model, CONFIGS["int4"])
     model[2].weight = model[0].weight
@@ -289,6 +349,8 @@ def test_modules_that_share_a_weight_share_its_scales() -> None:
     for _ in range(3):
         optimizer.step(lambda: model(rows).square().mean())
     assert model[0].weight.scale is model[2].weight_scale is model[0].weight_scale
+    save_scales(model, tmp_path / "s")
+    load_scales(model, tmp_path / "s")
 
 
 @pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated without:UserWarning")

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -145,3 +146,70 @@ def test_a_model_that_transformers_quantized(tmp_path: Path) -> None:
     assert model.is_quantized
     run.train()
     assert not any(torch.equal(before[name], value) for name, value in scales(model).items())
+
+
+@pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated without:UserWarning")
+def test_adapters_beside_scales_are_saved_as_adapters(tmp_path: Path) -> None:
+    model = peft.get_peft_model(quantized("llama", "int4"), peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    names = train_scales(model, also=["*lora*"])
+    assert any("lora_B" in name for name in names)
+    run = trainer(model, tmp_path)
+    run.train()
+    run.save_model(str(tmp_path / "saved"))
+    files = {path.name for path in (tmp_path / "saved").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "scales.safetensors"} <= files
+    other = peft.get_peft_model(quantized("llama", "int4"), peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    load_scales(other, tmp_path / "saved" / "scales.safetensors")
+    assert torch.equal(logits(other.eval(), "llama"), logits(run.model.eval(), "llama"))
+
+
+class Plain(torch.nn.Module):
+    """Not a model of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = quantized("llama", "int4")
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": self.inner(input_ids=input_ids, labels=labels).loss}
+
+
+def test_a_plain_module_is_saved_anew_each_time(tmp_path: Path) -> None:
+    model = Plain()
+    train_scales(model)
+    run = trainer(model, tmp_path)
+    run.save_model(str(tmp_path / "saved"))
+    run.train()
+    run.save_model(str(tmp_path / "saved"))
+    other = Plain()
+    load_scales(other, tmp_path / "saved" / "scales.safetensors")
+    assert torch.equal(logits(other.inner, "llama"), logits(model.inner.eval(), "llama"))
+
+
+def _ranks(rank: int, folder: str) -> None:
+    """Both begin with the model of the first one, and make the same steps on different rows."""
+    import os
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+    torch.set_num_threads(1)
+    model = made("int4")
+    if rank == 1:
+        with torch.no_grad():
+            model.lm_head.weight.qdata.zero_()
+    args = arguments(folder, per_device_train_batch_size=2, max_steps=3, learning_rate=1e-2)
+    ZOTrainer(model, args, train_dataset=ROWS).train()
+    torch.save((scales(model), integers(model)), Path(folder) / f"rank{rank}.pt")
+
+
+@pytest.mark.slow
+def test_two_processes_begin_and_end_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+    torch.multiprocessing.spawn(_ranks, (str(tmp_path),), nprocs=2)
+    (first, own), (second, its) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    assert same(first, second)
+    assert same(own, its)
+    assert same(own, integers(made("int4")))

@@ -32,7 +32,15 @@ class Kind:
 WEIGHTS = Kind("weights", 1e-3, 1e-6, "", lambda p, parts: True)
 LORA = Kind("LoRA", 1e-2, 5e-5, "5e-5 to 1e-4", lambda p, parts: any(part.startswith("lora_") for part in parts))
 PREFIX = Kind("prefix and prompt tuning", 1e-1, 1e-3, "1e-3 to 1e-2", lambda p, parts: "prompt_encoder" in parts and "embedding" in parts)
-SCALES = Kind("scales of quantized weights", 1e-2, 1e-3, "1e-4 to 1e-2", lambda p, parts: isinstance(p.aliases[0], Scale), "QZO", 100.0)
+SCALES = Kind(
+    "scales of quantized weights",
+    1e-2,
+    1e-3,
+    "1e-3 (models of billions) to 1e-1 (of tens of millions)",
+    lambda p, parts: isinstance(p.aliases[0], Scale),
+    "QZO",
+    100.0,
+)
 KINDS = (SCALES, LORA, PREFIX, WEIGHTS)
 
 _BY_SIZE = (

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 class Exchange:
@@ -53,6 +54,9 @@ def broadcast_parameters(tensors: list[Tensor], group: dist.ProcessGroup | None 
     """Give every rank the tensors of rank 0."""
     with torch.no_grad():
         for tensor in tensors:
+            if is_traceable_wrapper_subclass(tensor):  # quantized: what is inside
+                broadcast_parameters([getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]], group)
+                continue
             dense = tensor.detach().contiguous()
             dist.broadcast(dense, 0, group=group)
             tensor.detach().copy_(dense)

@@ -31,6 +31,10 @@ class Format(ABC):
     def put(self, module: nn.Module, name: str, tensor: Tensor) -> None:
         """Let the module compute with this tensor from now on; it may be moved (`.data`) between forward passes."""
 
+    def holder(self, module: nn.Module, name: str) -> object:
+        """What must be the same object as long as the scales are those of these integers; None where this can't be seen."""
+        return None
+
     def release(self, module: nn.Module, name: str, tensor: Tensor) -> None:
         """Let the module compute with this tensor as it did before there was a parameter of that name."""
         self.put(module, name, tensor)
@@ -57,6 +61,9 @@ class TorchAO(Format):
             if own == name and getattr(weight, part) is not tensor:
                 setattr(weight, part, self.part_of(tensor))
 
+    def holder(self, module: nn.Module, name: str) -> object:
+        return module._parameters.get(name.rpartition("_")[0] if name.endswith("_scale") else name.removesuffix("_zero_point"))
+
     def part_of(self, tensor: Tensor) -> Tensor:
         """What a weight can have inside."""
         return tensor
@@ -75,6 +82,9 @@ class Quanto(TorchAO):
 
     name = "quanto"
     parts: ClassVar[dict[str, bool]] = {"_scale": True, "_shift": False}
+
+    def holder(self, module: nn.Module, name: str) -> object:
+        return None  # it makes a new weight when it loads one
 
     def part_of(self, tensor: Tensor) -> Tensor:
         return tensor.detach()  # its weights can't be flattened with a parameter inside

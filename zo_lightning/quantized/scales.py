@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from zo_lightning.engine.messages import say_once
 from zo_lightning.engine.parameters import Scale
 from zo_lightning.engine.trajectory.weights import load_base, save_tensors
 from zo_lightning.quantized.formats import Format, format_of
 
 FLOOR = 1e-7
-"""No update takes a scale below it (QZO, arXiv 2505.13430)."""
+"""No update takes a scale below it (QZO, arXiv 2505.13430), nor below the smallest that there is."""
 
 
 class Found(NamedTuple):
@@ -39,12 +41,13 @@ def train_scales(model: nn.Module, *, zero_points: bool = False, also: Sequence[
     r"""Make the scales of a quantized model its trained parameters, and freeze everything else; their names.
 
     A quantized weight is w = s q (less a zero point), with integers q and one scale s for a row or group of them. Evaluations are at
-    s + eps u z and updates are s <- max(1e-7, s - lr g u z) (QZO, arXiv 2505.13430), with u the power of two nearest to the layer's mean
-    scale: eps and lr are relative to it, so that layers, bits and group sizes can share them. q is never touched. Each scale becomes a
-    parameter of its module, `weight_scale` beside `weight`, of the shape and dtype that it has.
+    s + eps u z and updates are s <- max(least, s - lr g u z) (QZO, arXiv 2505.13430), with u the power of two nearest to the layer's mean
+    scale: eps and lr are relative to it, so that layers, bits and group sizes can share them. `least` is 1e-7, or the layer's smallest
+    scale where that is less. q is never touched. Each scale becomes a parameter of its module, `weight_scale` beside `weight`, of the shape
+    and dtype that it has.
 
     Works on layers of torchao (weight-only int8 and int4) and quanto, bitsandbytes (nf4, fp4, int8), GPTQ and AWQ. A model whose scales are
-    parameters already may be given again, with other options.
+    parameters already may be given again, with other options, or after weights were replaced.
 
     Args:
         zero_points: train them too, where they are floating point numbers.
@@ -54,18 +57,25 @@ def train_scales(model: nn.Module, *, zero_points: bool = False, also: Sequence[
     Raises ValueError for a model without quantized layers, for scales that are not positive and finite, and for a pattern that matches no
     name.
     """
+    _forget_replaced(model)
     found = [one for one in scales_of(model) if one.is_scale or zero_points]
+    unknown = _unknown(model)
     if not found:
+        what = f"quantized layers that are known here ({unknown} is not)" if unknown else "quantized layers"
         raise ValueError(
-            f"train_scales: {type(model).__name__} has no quantized layers. Quantize it first, for instance with torchao's "
+            f"train_scales: {type(model).__name__} has no {what}. Quantize it first, for instance with torchao's "
             "quantize_(model, Int8WeightOnlyConfig())."
         )
     chosen = [one for one in found if not _matches(one.full, exclude)]
-    rest = [(name, p) for name, p in model.named_parameters() if p.is_floating_point() and name not in {one.full for one in found}]
+    rest = [(name, p) for name, p in model.named_parameters() if p.is_floating_point() and not _is_wrapped(p) and not isinstance(p, Scale)]
     _check_patterns("exclude", exclude, [one.full for one in found])
     _check_patterns("also", also, [name for name, _ in rest])
     for one in chosen:
         _check_values(one)
+    if unknown:
+        say_once(
+            f"quantized.{unknown}", f"train_scales: weights that are a {unknown} have no scales that are known here, and stay as they are."
+        )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     tied: dict[int, Scale] = {}
@@ -78,13 +88,20 @@ def train_scales(model: nn.Module, *, zero_points: bool = False, also: Sequence[
 
 
 def scales_of(model: nn.Module) -> Iterator[Found]:
-    """The scales and floating point zero points of all quantized layers, trained or not."""
+    """The scales and floating point zero points of all quantized layers, trained or not; parameters where they are parameters."""
     for prefix, module in model.named_modules():
         kind = format_of(module)
         if kind is not None:
             for parts, is_scale in ((kind.scales(module), True), (kind.zero_points(module), False)):
                 for name, tensor in parts.items():
-                    yield Found(module, kind, prefix, name, tensor, is_scale)
+                    own = module._parameters.get(name)
+                    yield Found(module, kind, prefix, name, own if isinstance(own, Scale) else tensor, is_scale)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The same by name, those that modules share once."""
+    found = {id(one.tensor): one for one in reversed(list(scales_of(model)))}
+    return {one.full: one.tensor for one in reversed(found.values())}
 
 
 def save_scales(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -92,7 +109,7 @@ def save_scales(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     ValueError for a model without quantized layers, OSError where the file can't be written.
     """
-    tensors = {one.full: one.tensor for one in scales_of(model)}
+    tensors = _tensors(model)
     if not tensors:
         raise ValueError(f"save_scales: {type(model).__name__} has no quantized layers.")
     save_tensors(path, tensors | {name: p for name, p in model.named_parameters() if p.requires_grad})
@@ -102,10 +119,11 @@ def save_scales(model: nn.Module, path: str | os.PathLike[str]) -> None:
 def load_scales(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Give a model that was quantized in the same way what `save_scales` wrote; nothing changes where anything does not fit.
 
-    ValueError where the file is damaged, or names, shapes or dtypes differ; OSError where it can't be read.
+    Who goes on training calls `train_scales` first, so that u is that of the model before it was trained. ValueError where the file is
+    damaged, or names, shapes or dtypes differ; OSError where it can't be read.
     """
     tensors = load_base(path, advice="save_scales(model, path) writes such files.")
-    found = {one.full: one.tensor for one in scales_of(model)}
+    found = _tensors(model)
     goals = dict(model.named_parameters()) | found
     lacking = sorted({*(tensors.keys() - goals.keys()), *(found.keys() - tensors.keys())})
     if lacking:
@@ -120,61 +138,114 @@ def load_scales(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def release_scales(model: nn.Module) -> None:
-    """Make the model what its package made it, with the scales that it has now: no parameters of ours, all frozen but what was trained
-    beside them. `save_pretrained`, and whatever else knows the package, then work as before.
+    """Make the model what its package made it, with the scales that it has now: no parameters of ours. `save_pretrained`, and whatever else
+    knows the package, then work as before. `train_scales` makes the same parameters of them again, so that an optimizer may go on.
     """
     for module in model.modules():
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, Binding):
-                for name in hook.names:
-                    parameter = module._parameters.pop(name)
-                    if parameter is not None:
-                        hook.format.release(module, name, parameter.detach())
-                del module._forward_pre_hooks[key]
-        for key, hook in list(module._state_dict_pre_hooks.items()):
-            if isinstance(hook, Binding):
-                del module._state_dict_pre_hooks[key]
+        binding = _binding(module)
+        if binding is not None:
+            binding.remove(module)
 
 
 def has_scales(model: nn.Module) -> bool:
-    """Whether scales of the model are its parameters."""
-    return any(isinstance(hook, Binding) for module in model.modules() for hook in module._forward_pre_hooks.values())
-
-
-def _attach(one: Found, tied: dict[int, Scale]) -> None:
-    """Make it a parameter of its module, which the module computes with; the same one where modules share a weight."""
-    parameter = one.module._parameters.get(one.name)
-    if not isinstance(parameter, Scale):
-        parameter = tied.get(id(one.tensor))
-        if parameter is None:
-            parameter = tied[id(one.tensor)] = _scale(one)
-        one.module._buffers.pop(one.name, None)
-        one.module.register_parameter(one.name, parameter)
-        binding = next((hook for hook in one.module._forward_pre_hooks.values() if isinstance(hook, Binding)), None)
-        if binding is None:
-            binding = Binding(one.format)
-            one.module.register_forward_pre_hook(binding)
-            one.module.register_state_dict_pre_hook(binding)
-        binding.names.append(one.name)
-    parameter.requires_grad_(True)
-    one.format.put(one.module, one.name, parameter)
+    """Whether scales of the model are trained."""
+    return any(isinstance(parameter, Scale) and parameter.requires_grad for parameter in model.parameters())
 
 
 class Binding:
     """Before every forward pass, and before it is saved: the module has its parameters, also after it was copied, moved or loaded."""
 
     def __init__(self, kind: Format) -> None:
-        self.format, self.names = kind, list[str]()
+        self.format = kind
+        self.holders: dict[str, object] = {}
+        """By the name of a parameter what had it when it was bound."""
+
+    def intact(self, module: nn.Module, name: str) -> bool:
+        """Whether the parameter is a scale still, and of the weight that it was made for."""
+        return isinstance(module._parameters.get(name), Scale) and self.format.holder(module, name) is self.holders[name]
 
     def __call__(self, module: nn.Module, *args: Any) -> None:
-        for name in self.names:
+        for name in self.holders:
             parameter = module._parameters[name]
-            if not isinstance(parameter, Scale):
+            if parameter is None or not self.intact(module, name):
+                what = "its weight" if isinstance(parameter, Scale) else "it"
                 raise RuntimeError(
-                    f"{name!r} of {type(module).__name__} was replaced by a {type(parameter).__name__} (load_state_dict(assign=True)?). "
-                    "Call train_scales(model) again."
+                    f"{name!r} of {type(module).__name__} is not what is trained any more: {what} was replaced (a merged adapter, another "
+                    "quantization, load_state_dict(assign=True)). Call train_scales(model) again, and make a new optimizer."
                 )
             self.format.put(module, name, parameter)
+
+    def remove(self, module: nn.Module) -> None:
+        """Let the module compute without parameters of ours, which it keeps for another time."""
+        for name in list(self.holders):
+            parameter = module._parameters[name] if self.intact(module, name) else None
+            self.forget(module, name)
+            if isinstance(parameter, Scale):
+                self.format.release(module, name, parameter.detach())
+                vars(module).setdefault(_RELEASED, {})[name] = parameter
+
+    def forget(self, module: nn.Module, name: str) -> None:
+        """The parameter is gone."""
+        module._parameters.pop(name, None)
+        del self.holders[name]
+        for hooks in (module._forward_pre_hooks, module._state_dict_pre_hooks) if not self.holders else ():
+            for key, hook in list(hooks.items()):
+                if hook is self:
+                    del hooks[key]
+
+
+_RELEASED = "_zo_released"
+
+
+def _binding(module: nn.Module) -> Binding | None:
+    return next((hook for hook in module._forward_pre_hooks.values() if isinstance(hook, Binding)), None)
+
+
+def _forget_replaced(model: nn.Module) -> None:
+    for module in model.modules():
+        binding = _binding(module)
+        for name in list(binding.holders) if binding is not None else ():
+            if binding is not None and not binding.intact(module, name):
+                binding.forget(module, name)
+
+
+def _attach(one: Found, tied: dict[int, Scale]) -> None:
+    """Make it a parameter of its module, which the module computes with; the same one where modules share a weight."""
+    parameter: Tensor = one.tensor
+    if not isinstance(parameter, Scale):
+        if id(one.tensor) not in tied:
+            before = _released(one)
+            tied[id(one.tensor)] = _scale(one) if before is None else before
+        parameter = tied[id(one.tensor)]
+        one.module._buffers.pop(one.name, None)
+        one.module.register_parameter(one.name, parameter)
+        binding = _binding(one.module)
+        if binding is None:
+            binding = Binding(one.format)
+            one.module.register_forward_pre_hook(binding)
+            one.module.register_state_dict_pre_hook(binding)
+        binding.holders[one.name] = one.format.holder(one.module, one.name)
+    parameter.requires_grad_(True)
+    one.format.put(one.module, one.name, parameter)
+
+
+def _released(one: Found) -> Scale | None:
+    """The parameter that it was before, if it is still the same memory."""
+    before: Scale | None = vars(one.module).get(_RELEASED, {}).pop(one.name, None)
+    return before if before is not None and before.data_ptr() == one.tensor.data_ptr() and before.dtype == one.tensor.dtype else None
+
+
+def _is_wrapped(tensor: Tensor) -> bool:
+    return is_traceable_wrapper_subclass(tensor)
+
+
+def _unknown(model: nn.Module) -> str | None:
+    """The type of weights that are quantized in a way without scales that are known here."""
+    for module in model.modules():
+        for weight in module._parameters.values():
+            if weight is not None and _is_wrapped(weight) and format_of(module) is None:
+                return type(weight).__name__
+    return None
 
 
 def _scale(one: Found) -> Scale:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zo_lightning.callbacks.base import zo_callbacks
 from zo_lightning.engine.messages import say_once
@@ -16,7 +17,6 @@ from zo_lightning.engine.options import EngineOptions
 from zo_lightning.engine.parallel import Exchange
 from zo_lightning.engine.residency import Offload, Offloaded
 from zo_lightning.engine.undo import nothing, undoing
-from zo_lightning.quantized import has_scales
 from zo_lightning.strategy.data_order import DataOrder
 from zo_lightning.strategy.events import Events
 from zo_lightning.strategy.host_optimizer import HostOptimizer
@@ -257,7 +257,7 @@ class ForwardOnly(Bindable):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
         """The host's; it names the device by a function, for which torch can't load quantized weights."""
-        if self.lightning_module is None or not has_scales(self.lightning_module):
+        if self.lightning_module is None or not any(map(is_traceable_wrapper_subclass, self.lightning_module.parameters())):
             return super().load_checkpoint(checkpoint_path, weights_only=weights_only)
         return self.checkpoint_io.load_checkpoint(checkpoint_path, map_location="cpu", weights_only=weights_only)
 

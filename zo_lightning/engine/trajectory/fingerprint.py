@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from zo_lightning.engine.parameters import Trained, canonical_names
+from zo_lightning.engine.parameters import Scale, Trained, canonical_names
 from zo_lightning.engine.trajectory.encoding import canonical
 
 _PIECE = 1 << 22
@@ -42,7 +42,7 @@ def trained_fingerprint(trained: Sequence[Trained]) -> str:
 
 def frozen_fingerprint(module: nn.Module, trained: Sequence[Trained]) -> str:
     """Of everything else that a state dict of `module` has: frozen parameters and persistent buffers. Meta tensors by shape alone, of
-    quantized weights the integers.
+    quantized weights what is inside and not trained.
     """
     aliases = {id(alias) for p in trained for alias in p.aliases} | {id(p.tensor) for p in trained}
     named: dict[str, Tensor] = dict(module.named_parameters())
@@ -52,18 +52,18 @@ def frozen_fingerprint(module: nn.Module, trained: Sequence[Trained]) -> str:
                 named.setdefault(f"{prefix}.{name}" if prefix else name, buffer)
     keys = canonical_names(list(named))
     kept = {key: tensor for key, tensor in zip(keys, named.values(), strict=True) if id(tensor) not in aliases}
-    return fingerprint({name: part for key, tensor in kept.items() for name, part in _parts(key, tensor)})
+    of_scales = {key for key, tensor in zip(keys, named.values(), strict=True) if isinstance(tensor, Scale) and id(tensor) in aliases}
+    return fingerprint({name: part for key, tensor in kept.items() for name, part in _parts(key, tensor, of_scales)})
 
 
-def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """A tensor, or the integers inside a wrapper of several; its scales may be trained."""
+def _parts(name: str, tensor: Tensor, left_out: Set[str]) -> Iterator[tuple[str, Tensor]]:
+    """A tensor, or the tensors inside a wrapper of several but those whose parameters are `left_out`."""
     if not is_traceable_wrapper_subclass(tensor):
         yield name, tensor
         return
     for inner in tensor.__tensor_flatten__()[0]:
-        part = getattr(tensor, inner)
-        if is_traceable_wrapper_subclass(part) or not part.is_floating_point():
-            yield from _parts(f"{name}.{inner}", part)
+        if f"{name}_{inner.strip('_')}" not in left_out:
+            yield from _parts(f"{name}.{inner}", getattr(tensor, inner), left_out)
 
 
 @torch.no_grad()
