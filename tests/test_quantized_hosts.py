@@ -21,7 +21,7 @@ from zo_lightning import ZOStrategy
 from zo_lightning.callbacks import SparseMask, TrajectoryLog
 from zo_lightning.engine import ZOOptimizer
 from zo_lightning.hf_integration import ZOTrainer
-from zo_lightning.quantized import load_scales, train_scales
+from zo_lightning.quantized import load_scales, release_scales, train_scales
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:lr=.*:zo_lightning.engine.messages.ZOWarning"),
@@ -146,6 +146,11 @@ def test_a_model_that_transformers_quantized(tmp_path: Path) -> None:
     assert model.is_quantized
     run.train()
     assert not any(torch.equal(before[name], value) for name, value in scales(model).items())
+    expected = logits(model.eval(), "llama")
+    release_scales(model)
+    model.save_pretrained(tmp_path / "saved")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", device_map="cpu")
+    assert torch.equal(logits(loaded.eval(), "llama"), expected)
 
 
 @pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated without:UserWarning")

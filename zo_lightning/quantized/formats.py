@@ -13,8 +13,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 class Format(ABC):
     """The quantized layers of one package. It has no state: a module brings everything, and no package need be installed."""
 
-    name: str
-
     @abstractmethod
     def fits(self, module: nn.Module) -> bool:
         """Whether a module is such a layer. ValueError for one that is, and does not compute with its scales."""
@@ -43,7 +41,6 @@ class Format(ABC):
 class TorchAO(Format):
     """torchao: a weight is a tensor subclass with integers (`qdata`), `scale` and perhaps `zero_point` inside."""
 
-    name = "torchao"
     parts: ClassVar[dict[str, bool]] = {"scale": True, "zero_point": False}
     """Attributes of a weight, and whether they are scales."""
 
@@ -80,7 +77,6 @@ class TorchAO(Format):
 class Quanto(TorchAO):
     """optimum-quanto: the same with `_scale` and `_shift`, a floating point zero point: w = scale q - shift for 2 and 4 bits."""
 
-    name = "quanto"
     parts: ClassVar[dict[str, bool]] = {"_scale": True, "_shift": False}
 
     def holder(self, module: nn.Module, name: str) -> object:
@@ -92,8 +88,6 @@ class Quanto(TorchAO):
 
 class BitsAndBytes4(Format):
     """bitsandbytes nf4 and fp4: w = absmax code[q], with an absmax a block of 64. Doubly quantized ones become float32 numbers."""
-
-    name = "bitsandbytes, 4 bits"
 
     def fits(self, module: nn.Module) -> bool:
         return hasattr(getattr(module._parameters.get("weight"), "quant_state", None), "absmax")
@@ -122,8 +116,6 @@ class BitsAndBytes4(Format):
 class BitsAndBytes8(Format):
     """bitsandbytes int8: w = SCB q / 127, with a scale a row. It is at the weight until the first forward pass, then in `state`."""
 
-    name = "bitsandbytes, 8 bits"
-
     def fits(self, module: nn.Module) -> bool:
         return self._owner(module) is not None
 
@@ -143,7 +135,6 @@ class BitsAndBytes8(Format):
 class Packed(Format):
     """GPTQ and AWQ: the module has packed integers `qweight`, integer zero points `qzeros`, and `scales` by their own name."""
 
-    name = "GPTQ, AWQ"
     kinds = ("TorchLinear", "TorchQuantLinear", "QuantLinear", "AwqTorchLinear", "WQLinear_GEMM")
     """Those that read `scales` in every forward pass; kernels of others keep a form of their own."""
 

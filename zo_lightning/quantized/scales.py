@@ -67,7 +67,8 @@ def train_scales(model: nn.Module, *, zero_points: bool = False, also: Sequence[
             "quantize_(model, Int8WeightOnlyConfig())."
         )
     chosen = [one for one in found if not _matches(one.full, exclude)]
-    rest = [(name, p) for name, p in model.named_parameters() if p.is_floating_point() and not _is_wrapped(p) and not isinstance(p, Scale)]
+    rest = [(name, p) for name, p in model.named_parameters() if p.is_floating_point() and not isinstance(p, Scale)]
+    rest = [(name, p) for name, p in rest if not is_traceable_wrapper_subclass(p)]
     _check_patterns("exclude", exclude, [one.full for one in found])
     _check_patterns("also", also, [name for name, _ in rest])
     for one in chosen:
@@ -100,8 +101,10 @@ def scales_of(model: nn.Module) -> Iterator[Found]:
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """The same by name, those that modules share once."""
-    found = {id(one.tensor): one for one in reversed(list(scales_of(model)))}
-    return {one.full: one.tensor for one in reversed(found.values())}
+    found: dict[int, Found] = {}
+    for one in scales_of(model):
+        found.setdefault(id(one.tensor), one)
+    return {one.full: one.tensor for one in found.values()}
 
 
 def save_scales(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -204,8 +207,8 @@ def _binding(module: nn.Module) -> Binding | None:
 def _forget_replaced(model: nn.Module) -> None:
     for module in model.modules():
         binding = _binding(module)
-        for name in list(binding.holders) if binding is not None else ():
-            if binding is not None and not binding.intact(module, name):
+        if binding is not None:
+            for name in [name for name in binding.holders if not binding.intact(module, name)]:
                 binding.forget(module, name)
 
 
@@ -235,15 +238,11 @@ def _released(one: Found) -> Scale | None:
     return before if before is not None and before.data_ptr() == one.tensor.data_ptr() and before.dtype == one.tensor.dtype else None
 
 
-def _is_wrapped(tensor: Tensor) -> bool:
-    return is_traceable_wrapper_subclass(tensor)
-
-
 def _unknown(model: nn.Module) -> str | None:
     """The type of weights that are quantized in a way without scales that are known here."""
     for module in model.modules():
         for weight in module._parameters.values():
-            if weight is not None and _is_wrapped(weight) and format_of(module) is None:
+            if weight is not None and is_traceable_wrapper_subclass(weight) and format_of(module) is None:
                 return type(weight).__name__
     return None
 
