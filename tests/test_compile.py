@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,6 +60,37 @@ def test_compiled_gaussian_is_eager_to_a_millionth(compiler: None, monkeypatch: 
     compiled = added(start, "gaussian", (0.3,), 0.97)
     monkeypatch.setattr(SWEEP, "available", lambda device: False)
     assert float((compiled - added(start, "gaussian", (0.3,), 0.97)).abs().max()) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("odd", [False, True], ids=["whole blocks of signs", "odd lengths"])
+def test_many_small_tensors_are_compiled_together_to_the_same_bits(
+    odd: bool, noise: str, dtype: torch.dtype, compiler: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an adapter's factors: none of them large, each with scalars of its own, in every layout; more than one pack of them."""
+    starts = [torch.randn(8, 768 + 8 * (i % 3)).to(dtype) for i in range(100)]
+    starts = [start.T if i % 2 else start for i, start in enumerate(starts)] + ([torch.randn(77).to(dtype)] if odd else [])
+    asked: list[torch.dtype] = []
+    together = Rademacher.together
+
+    def counted(self: Rademacher, base: Tensor, *how: Any) -> Tensor | None:
+        found = together(self, base, *how)
+        asked.append(base.dtype) if found is not None else None
+        return found
+
+    monkeypatch.setattr(Rademacher, "together", counted)
+
+    def moved() -> list[Tensor]:
+        outs = [torch.empty_like(start) for start in starts]
+        scalars = [(1.0, (0.3,)) if i % 5 else (0.97, (-0.01 * i,)) for i in range(len(starts))]
+        sweep([Item(out, start, 5 + i, *scalars[i]) for i, (out, start) in enumerate(zip(outs, starts, strict=True))], [9], NOISES[noise])
+        return outs
+
+    compiled = moved()
+    assert len(asked) == (noise == "rademacher") * (1 if odd else 2)  # the last pack has the odd one
+    monkeypatch.setattr(SWEEP, "available", lambda device: False)
+    assert all(torch.equal(bits(got), bits(expected)) for got, expected in zip(compiled, moved(), strict=True))
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +43,7 @@ class Buffers:
     def begin(self) -> None:
         """Remember the state before the first evaluation."""
         self._kept = {}
-        for owner in self._module.modules() if self._module is not None else ():
+        for owner in _with_buffers(self._module):
             for name, buffer in owner._buffers.items():
                 if buffer is not None and not buffer.is_meta:
                     place = (id(owner), name)
@@ -92,3 +93,14 @@ class Buffers:
             target.copy_(kept.after)
             kept.owner._buffers[kept.name] = target
         self._kept = {}
+
+
+def _with_buffers(root: nn.Module | None) -> Iterator[nn.Module]:
+    """All modules that have any, each once, without the names that `root.modules()` makes on the way: this runs at every step."""
+    seen, found = set[int](), [root]
+    for module in found:  # which grows meanwhile
+        if module is not None and id(module) not in seen:
+            seen.add(id(module))
+            found.extend(module._modules.values())
+            if module._buffers:
+                yield module

@@ -206,13 +206,24 @@ class ZOOptimizer(torch.optim.Optimizer):
         the closure may change, and `muted()` puts back: evaluations that take turns have a version each.
         Raises TypeError or ValueError for a loss that is not one real number, RuntimeError where the closure calls backward.
         """
+        return self._estimate(self.residency, closure, weight, muted, loss_of, remember)
+
+    def _estimate(
+        self,
+        residency: Residency,
+        closure: Closure,
+        weight: float,
+        muted: Muted,
+        loss_of: Callable[[Any], Any],
+        remember: Remember | None,
+    ) -> Estimate:
         began = time.perf_counter()
         plan = self.journal.recall(self.steps, updating=False)
         if self._window is None:
             self._window = self._begin()
         window = self._window
         seed = evaluation_seed(self.seed, self.steps, window.micro_batches, self.exchange.rank)
-        task = Task(closure, window.points, self.residency, [], seed, muted, loss_of, remember)
+        task = Task(closure, window.points, residency, [], seed, muted, loss_of, remember)
         if plan is not None:
             return recall.estimate(plan, self._evaluator, task, window, weight)
         self.journal.look(self, window.micro_batches, updating=False)
@@ -254,13 +265,15 @@ class ZOOptimizer(torch.optim.Optimizer):
             tuple(self.rule.step(terms, group) for group in settings),
             rounding_seed(self.seed, self.steps),
         )
+        residency = self.residency
         if not finite:
-            self.residency.restore()
-        self._record(plan, StepRecord(self.steps, tuple(values), tuple(settings), not finite, max(1, window.micro_batches)), window)
+            residency.restore()
+        record = StepRecord(self.steps, tuple(values), tuple(settings), not finite, max(1, window.micro_batches))
+        self._record(plan, record, window, residency)
         self.masks.measure(terms, [group.eps for group in settings])
         if finite:
-            self.residency.update(change)
-        self.residency.ended()
+            residency.update(change)
+        residency.ended()
         self._idle = 0
         self.journal.remember(self)
         seconds = window.seconds + time.perf_counter() - began
@@ -274,23 +287,24 @@ class ZOOptimizer(torch.optim.Optimizer):
         if closure is None:
             self.apply()
             return None
-        with held(), self.residency.fused():  # a handler that saves a checkpoint finds the weights before the step or after it
-            loss = self.estimate(closure, loss_of=as_scalar).loss
+        residency = self.residency
+        with held(), residency.fused():  # a handler that saves a checkpoint finds the weights before the step or after it
+            loss = self._estimate(residency, closure, 1.0, nullcontext, as_scalar, None).loss
             self.apply()
         return loss
 
-    def _record(self, plan: StepRecord | None, record: StepRecord, window: Window) -> None:
+    def _record(self, plan: StepRecord | None, record: StepRecord, window: Window, residency: Residency) -> None:
         """Tell the journal, before anything is changed; a step that it knows brings the moves that rounded the weights."""
         self.journal.look(self, window.micro_batches, updating=True)
         if plan is not None:
-            self.residency.reenact(plan.passes, window.points, recall.eps_of(plan))
+            residency.reenact(plan.passes, window.points, recall.eps_of(plan))
         else:
-            passes = self.residency.take_passes()
+            passes = residency.take_passes()
             self.journal.append(replace(record, passes=passes, traces=window.traces, idle=self._idle))
 
     def _begin(self) -> Window:
         """A step begins."""
-        if self.masks.due(self.steps, self.residency.trained):
+        if self.masks.mask is not None and self.masks.due(self.steps, self.residency.trained):
             chosen = self.journal.chosen(self)
             with self.residency.settled() if chosen is None else nullcontext():
                 self._make_masks(chosen)

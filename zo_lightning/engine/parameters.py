@@ -184,14 +184,14 @@ def _check_overlap(trained: Sequence[Trained]) -> None:
 def signature(groups: Sequence[Mapping[str, Any]], kept: Callable[[Tensor], bool] = lambda tensor: False) -> tuple[Any, ...]:
     """Changes when `collect` could give another answer: tensors added, frozen, moved, cast or replaced; those that are `kept` may move."""
     return tuple(
-        (id(p), p.requires_grad, p.dtype, p.device, p.shape, 0 if _unplaced(p) or kept(p) else p.data_ptr())
+        (id(p), 0 if _unplaced(p) or kept(p) else p.data_ptr(), *((p.dtype, p.device, p.shape) if p.requires_grad else ()))
         for group in groups
         for p in group["params"]
     )
 
 
 def _unplaced(tensor: Tensor) -> bool:
-    return tensor.is_meta or is_traceable_wrapper_subclass(tensor)
+    return tensor.is_meta or (type(tensor) is not nn.Parameter and is_traceable_wrapper_subclass(tensor))
 
 
 def total_bytes(tensors: Iterable[Tensor]) -> int:

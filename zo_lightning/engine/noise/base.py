@@ -65,6 +65,15 @@ class Noise(ABC):
         `fused` computes the hash in one compiled kernel: the same values, worth its compilation where others are compiled anyway.
         """
 
+    def together(
+        self, base: Tensor, keys: Tensor, stretches: Sequence[Stretch], decays: Sequence[float], coefficients: Sequence[float]
+    ) -> Tensor | None:
+        """decay * base + c * z over the stretches in one compiled pass, with (decay, c) of each; wide. None where there is no such kernel.
+
+        `base`, one-dimensional, has their lengths together; bit for bit the arithmetic of `values`.
+        """
+        return None
+
     @abstractmethod
     def at(self, index: Tensor, key: Tensor) -> Tensor:
         """z[index] in float32, for an int64 tensor of any shape and one stream's `key` of shape (3,)."""
@@ -97,11 +106,16 @@ def counters(keys: Tensor, stretches: Sequence[tuple[int, int, int]]) -> tuple[T
         row, first, count = stretches[0]
         k = keys[row]
         return _arange(first, count, device), k[2], k[0], k[1]
-    ranges = tuple((first, count) for _, first, count in stretches)
-    small = sum(count for _, count in ranges) <= _KEPT_COUNTERS
-    c0, owner = (_layout if small else _layout.__wrapped__)(ranges, device)
+    c0, owner = layout(stretches, device)
     table = keys[torch.tensor([row for row, _, _ in stretches], device=device)][owner]
     return c0, table[:, 2], table[:, 0], table[:, 1]
+
+
+def layout(stretches: Sequence[tuple[int, int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """All counters of the (row, first counter, how many), and which of them each is of."""
+    ranges = tuple((first, count) for _, first, count in stretches)
+    small = sum(count for _, count in ranges) <= _KEPT_COUNTERS
+    return (_layout if small else _layout.__wrapped__)(ranges, device)
 
 
 _KEPT_COUNTERS = 1 << 16
@@ -110,7 +124,7 @@ _KEPT_COUNTERS = 1 << 16
 
 @functools.lru_cache(maxsize=16)
 def _layout(ranges: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """All counters of the ranges (first, how many), and which range each is of; the blocks of a model have the same ones."""
+    """The blocks of a model have the same ranges (first, how many)."""
     lengths = torch.tensor([count for _, count in ranges], device=device)
     c0 = torch.cat([_arange(first, count, device) for first, count in ranges])
     return c0, torch.arange(len(ranges), device=device).repeat_interleave(lengths)

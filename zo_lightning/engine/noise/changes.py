@@ -13,7 +13,7 @@ from zo_lightning.engine.noise.base import Drawn, Noise
 from zo_lightning.engine.noise.compiling import available
 from zo_lightning.engine.noise.flat import Small, step_flat
 from zo_lightning.engine.noise.members import Listed, Members
-from zo_lightning.engine.noise.sweep import SMALL, Item, compiled, elements, flat, keys_of, large, masks_of, packs
+from zo_lightning.engine.noise.sweep import SMALL, Item, compiled, compiles, elements, flat, keys_of, large, masks_of, packs
 
 CHUNK = 1 << 21
 """Elements of a large tensor that stay in cache together."""
@@ -82,7 +82,7 @@ def _apply(weights: Sequence[Weights], changes: Sequence[Change], noise: Noise, 
         keys = keys_of(items, [(change.seeds, change.rounding) for change in changes], device)
         each = [[_item(item, *step_of(change, w)) for w, item in zip(here, items, strict=True)] for change in changes]
         table = [[(own[i], drawn[i]) for own, drawn in zip(each, keys, strict=True)] for i in range(len(here))]
-        fused = any(w.tensor.numel() > SMALL for w in here) and available(device.type)
+        fused = compiles(tensors) and available(device.type)
         small: dict[torch.dtype, list[tuple[Item, Drawn]]] = {}
         index: dict[int, list[tuple[Item, Drawn]]] = {}
         listed: dict[torch.dtype, list[list[tuple[Item, Drawn]]]] = {}
@@ -135,7 +135,6 @@ def _small(tensors: Sequence[Sequence[tuple[Item, Drawn]]], noise: Noise, fused:
         items = [item for item, _ in now]
         if all(map(_nothing, items)):
             continue
-        decay = small.spread([item.decay for item in items])
-        coefficients = [small.spread([item.coefficients[j] for item in items]) for j in range(len(items[0].coefficients))]
-        values = step_flat(small, values, decay, coefficients, [drawn for _, drawn in now], noise, fused, keep).to(small.dtype)
+        steps = [(item.decay, item.coefficients) for item in items]
+        values = step_flat(small, values, steps, [drawn for _, drawn in now], noise, fused, keep).to(small.dtype)
     small.scatter(values, outs)

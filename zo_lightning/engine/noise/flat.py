@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from zo_lightning.engine.noise.base import Drawn, Noise, Stretch, compute_dtype
 from zo_lightning.engine.noise.dither import dither
@@ -23,7 +24,8 @@ class Small:
 
     def gather(self) -> Tensor:
         """Their values, in a new tensor."""
-        return torch.cat([tensor.reshape(-1) for tensor in self.tensors])
+        flat: Tensor = _flatten_dense_tensors(self.tensors)
+        return flat
 
     def spread(self, scalars: Sequence[float]) -> float | Tensor:
         """One number a tensor, as one number where they agree, else for every element."""
@@ -34,28 +36,32 @@ class Small:
 
     def scatter(self, values: Tensor, outs: Sequence[Tensor]) -> None:
         """Write the values into tensors of these shapes."""
-        for out, piece in zip(outs, values.split(self.lengths), strict=True):
-            out.copy_(piece.view(out.shape))
+        torch._foreach_copy_(list(outs), _unflatten_dense_tensors(values, self.tensors))
 
 
 def step_flat(
     small: Small,
     base: Tensor,
-    decay: float | Tensor,
-    coefficients: Sequence[float | Tensor],
+    steps: Sequence[tuple[float, Sequence[float]]],
     keys: Sequence[Drawn],
     noise: Noise,
     fused: bool,
     keep: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """decay * base + sum_j c_j z_j for the flat values `base`; rounded to their dtype where the keys say stochastically, else wider.
+    """decay * base + sum_j c_j z_j for the flat values `base` and a step (decay, (c_1, ..., c_n)) of each tensor.
 
-    Outside keep(base) it is `base`.
+    Rounded to their dtype where the keys say stochastically, else wider. Outside keep(base) it is `base`.
     """
-    table = keys[0].table
-    drawn = (noise.values(table, _whole(small, keys, j), torch.float32, fused) for j in range(len(coefficients)))
-    dithered = dither(table, _whole(small, keys, keys[0].terms), fused) if keys[0].rounded else None
-    return moved(base, decay, total_of(drawn, coefficients, base), dithered, None if keep is None else keep(base), fused, small.dtype)
+    table, terms = keys[0].table, keys[0].terms
+    decays = [decay for decay, _ in steps]
+    if fused and terms == 1 and not keys[0].rounded and keep is None:
+        together = noise.together(base, table, _whole(small, keys, 0), decays, [c[0] for _, c in steps])
+        if together is not None:
+            return together
+    drawn = (noise.values(table, _whole(small, keys, j), torch.float32, fused) for j in range(terms))
+    dithered = dither(table, _whole(small, keys, terms), fused) if keys[0].rounded else None
+    total = total_of(drawn, [small.spread([c[j] for _, c in steps]) for j in range(terms)], base)
+    return moved(base, small.spread(decays), total, dithered, None if keep is None else keep(base), fused, small.dtype)
 
 
 def total_of(drawn: Iterable[Tensor], coefficients: Sequence[float | Tensor], base: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from zo_lightning.engine.noise.base import Noise, Stretch, constants, counters, pieces
+from zo_lightning.engine.noise.base import Noise, Stretch, compute_dtype, constants, counters, layout, pieces
 from zo_lightning.engine.noise.compiling import dispatch, kernel
 from zo_lightning.engine.noise.dither import BLOCK, Dithers, dither
 from zo_lightning.engine.noise.inside import Inside, chosen
@@ -72,6 +72,16 @@ def _round_signs_(weights: Tensor, *how: Any) -> None:
 
 
 @kernel
+def _add_streams(base: Tensor, words: Tensor, c0: Tensor, owner: Tensor, keys: Tensor, scalars: Tensor) -> Tensor:
+    """For blocks of several streams, each with a key of `keys` (n, 3) and a (decay, c) of `scalars` (n, 2)."""
+    low, high = threefry(c0, keys[owner, 2], keys[owner, 0], keys[owner, 1])
+    words[0].copy_(low)
+    words[1].copy_(high)
+    decay, c = scalars[owner, 0], scalars[owner, 1]
+    return base.to(scalars.dtype) * decay[:, None, None] + _signed(words, c[:, None, None])
+
+
+@kernel
 def _sign_at(index: Tensor, key: Tensor) -> Tensor:
     low, high = threefry((index >> 6).int(), key[2], key[0], key[1])
     lane = (index & 63).int()
@@ -96,6 +106,19 @@ class Rademacher(Noise):
         # view(uint8) takes the bytes of a word from the lowest up, as every machine that torch runs on stores them
         signs = _byte_signs(dtype, keys.device).index_select(0, words.view(torch.uint8).int()).view(-1)
         return pieces(signs, 64, stretches)
+
+    def together(
+        self, base: Tensor, keys: Tensor, stretches: Sequence[Stretch], decays: Sequence[float], coefficients: Sequence[float]
+    ) -> Tensor | None:
+        if any(first % BLOCK or count % BLOCK for _, first, count in stretches):
+            return None
+        device, dtype = keys.device, compute_dtype(base.dtype)
+        c0, owner = layout([(row, first // BLOCK, count // BLOCK) for row, first, count in stretches], device)
+        own = keys[torch.tensor([row for row, _, _ in stretches], device=device)]
+        scalars = torch.tensor(list(zip(decays, coefficients, strict=True)), dtype=dtype).to(device)
+        words = torch.empty(2, len(c0), dtype=torch.int32, device=device)
+        moved: Tensor = _add_streams(base.view(-1, 2, 32), words, c0, owner, own, scalars)
+        return moved.view(-1)
 
     def at(self, index: Tensor, key: Tensor) -> Tensor:
         z: Tensor = dispatch(_sign_at, index.device)(index, key)

@@ -19,6 +19,8 @@ from zo_lightning.engine.seeds import stream
 
 SMALL = 1 << 15
 """Tensors of at most this many elements are done together: their noise is generated in one go."""
+MANY = 1 << 17
+"""For so many elements in small tensors alone, kernels are compiled too."""
 PACK = 1 << 19
 """At most so many elements of noise exist at a time."""
 
@@ -58,26 +60,24 @@ def sweep(items: Sequence[Item], seeds: Sequence[int], noise: Noise, done: list[
 def keys_of(items: Sequence[Item], changes: Sequence[tuple[Sequence[int], int | None]], device: torch.device) -> list[list[Drawn]]:
     """For each (seeds, rounding seed) the keys of each item, which are views of one table."""
     rows: list[tuple[int, int, int]] = []
+    places: list[list[tuple[int, int, bool]]] = []
     for seeds, rounding in changes:
+        own = []
         for item in items:
-            rows.extend(stream(seed, item.key) for seed in seeds)
-            if rounding is not None:
+            rounded = rounding is not None and rounds(item.base.dtype)
+            own.append((len(rows), len(seeds), rounded))
+            rows += [stream(seed, item.key) for seed in seeds]
+            if rounded and rounding is not None:
                 rows.append(stream(rounding, item.key, b"zo.round"))
+        places.append(own)
     table = torch.tensor(rows, dtype=torch.int32).reshape(-1, 3).to(device, non_blocking=True)
-    found, at = [], 0
-    for seeds, rounding in changes:
-        width, own = len(seeds) + (rounding is not None), []
-        for item in items:
-            own.append(Drawn(table, at, len(seeds), rounding is not None and rounds(item.base.dtype)))
-            at += width
-        found.append(own)
-    return found
+    return [[Drawn(table, *place) for place in own] for own in places]
 
 
 def _sweep_device(items: list[Item], keys: list[list[Drawn]], noise: Noise, device: torch.device, done: list[Item]) -> None:
     small: dict[torch.dtype, list[tuple[Item, Drawn]]] = {}
     listed: dict[torch.dtype, list[tuple[Item, Drawn]]] = {}
-    fused = any(item.base.numel() > SMALL for item in items) and available(device.type)
+    fused = compiles([item.base for item in items]) and available(device.type)
     for item, drawn in zip(items, keys[0], strict=True):
         numel = item.base.numel()
         if item.places is not None or isinstance(item.mask, Listed):
@@ -98,6 +98,11 @@ def _sweep_device(items: list[Item], keys: list[list[Drawn]], noise: Noise, devi
     for some in listed.values():
         elements(some, noise)
         done.extend(item for item, _ in some)
+
+
+def compiles(tensors: Sequence[Tensor]) -> bool:
+    """Whether a sweep over these tensors is worth compiled kernels."""
+    return any(tensor.numel() > SMALL for tensor in tensors) or sum(tensor.numel() for tensor in tensors) > MANY
 
 
 def packs(group: Sequence[tuple[Item, Drawn]]) -> Iterator[list[tuple[Item, Drawn]]]:
@@ -121,8 +126,7 @@ def _packed(pack: Sequence[tuple[Item, Drawn]], noise: Noise, fused: bool) -> No
     result = step_flat(
         small,
         small.gather(),
-        small.spread([item.decay for item in items]),
-        [small.spread([item.coefficients[j] for item in items]) for j in range(len(items[0].coefficients))],
+        [(item.decay, item.coefficients) for item in items],
         [drawn for _, drawn in pack],
         noise,
         fused,

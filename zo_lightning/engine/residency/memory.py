@@ -40,9 +40,10 @@ class Scratch:
         at = {place: begin for place, (_, begin, _) in parts.items()}
         outs = []
         for p in parameters:
-            place = self._place(p)
-            outs.append(like(p.tensor, parts[place][0][at[place] : at[place] + p.tensor.numel()]))
-            at[place] += _rounded(p.tensor)
+            tensor, place = p.tensor, self._place(p)
+            begin, numel = at[place], tensor.numel()
+            outs.append(like(tensor, parts[place][0][begin : begin + numel]))
+            at[place] = begin + _rounded(tensor, numel)
 
         def give_back() -> None:
             for _, _, release in parts.values():
@@ -78,7 +79,8 @@ class Scratch:
     def _sizes(self, parameters: Sequence[Trained]) -> dict[Place, int]:
         sizes: dict[Place, int] = {}
         for p in parameters:
-            sizes[self._place(p)] = sizes.get(self._place(p), 0) + _rounded(p.tensor)
+            place = self._place(p)
+            sizes[place] = sizes.get(place, 0) + _rounded(p.tensor, p.tensor.numel())
         return sizes
 
     def nbytes(self) -> int:
@@ -87,9 +89,9 @@ class Scratch:
         return sum(buffer.nbytes for buffer in [*self._stack.values(), *beside])
 
 
-def _rounded(tensor: Tensor) -> int:
+def _rounded(tensor: Tensor, numel: int) -> int:
     per_line = max(1, _ALIGN // tensor.element_size())
-    return -(-tensor.numel() // per_line) * per_line
+    return -(-numel // per_line) * per_line
 
 
 def dense(tensor: Tensor) -> bool:

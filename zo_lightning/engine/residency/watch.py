@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_map_only
 
 from zo_lightning.engine.noise.compiling import available
-from zo_lightning.engine.noise.sweep import SMALL
+from zo_lightning.engine.noise.sweep import compiles
 from zo_lightning.engine.parameters import Trained
 
 
@@ -111,7 +111,8 @@ def uncompiled(trained: Sequence[Trained]) -> Iterator[None]:
     if "torch._dynamo" not in sys.modules:  # nothing was compiled
         yield
         return
-    for kind in {p.tensor.device.type for p in trained if p.tensor.numel() > SMALL}:
-        available(kind)  # whether the kernels of large weights can be compiled: this can't be found out in there
+    for device in {p.tensor.device for p in trained}:
+        if compiles([p.tensor for p in trained if p.tensor.device == device]):
+            available(device.type)  # whether kernels can be compiled: this can't be found out in there
     with torch.compiler.set_stance("force_eager"):
         yield
