@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from engine_models import same, snapshot
 from hf_tools import StopAt, arguments
 from lightning_models import lightning, wrapped
-from peft_tools import IDS, KINDS, adapted, base, batch_of, logits
+from peft_tools import IDS, KINDS, adapted, base, batch_of, logits, loss_of
 from torch.utils.data import DataLoader
 
 from zo_lightning import ZOStrategy
@@ -160,6 +161,43 @@ def test_scales_that_suit_what_is_trained(kind: str, tmp_path: Path, caplog: pyt
     made.create_optimizer()
     assert made.zo_optimizer.eps == eps
     assert made.zo_optimizer.param_groups[0]["lr"] == 1e-3
+
+
+def test_the_noise_of_loras_a_is_a_tenth_where_eps_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    """As with groups that say so: eps a tenth, lr a hundredth. Copies and the state of a run have it, too."""
+    reset()
+
+    def moved(build: Callable[[Any], ZOOptimizer]) -> dict[str, torch.Tensor]:
+        model = adapted("llama", "LoRA")
+        before = snapshot(model)
+        optimizer = build(model)
+        for _ in range(2):
+            optimizer.step(loss_of(model, "llama"))
+        return {name: tensor - before[name] for name, tensor in snapshot(model).items() if "lora_" in name}
+
+    def in_groups(model: Any) -> ZOOptimizer:
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        small, rest = ([p for name, p in named if ("lora_A" in name) is one] for one in (True, False))
+        return ZOOptimizer([{"params": rest}, {"params": small, "eps": 1e-3, "lr": 1e-4}], lr=1e-2, eps=1e-2, module=model, weights="copy")
+
+    with caplog.at_level(logging.INFO, "zo_lightning"):
+        ours = moved(lambda model: ZOOptimizer(model, lr=1e-2, weights="copy"))
+    assert "LoRA's A gets noise of a tenth of the size" in caplog.text
+    copied = moved(copy_of)
+    grouped, plain = moved(in_groups), moved(lambda model: ZOOptimizer(model, lr=1e-2, eps=1e-2, weights="copy"))
+    for name, change in ours.items():
+        torch.testing.assert_close(change, grouped[name], rtol=1e-3, atol=1e-7)
+        assert torch.equal(change, copied[name])
+    sizes = {part: max(float(c.abs().max()) for n, c in ours.items() if part in n) for part in ("lora_A", "lora_B")}
+    assert sizes["lora_A"] == pytest.approx(0.1 * sizes["lora_B"], rel=0.02)
+    assert max(float(change.abs().max()) for name, change in plain.items() if "lora_A" in name) > 5 * sizes["lora_A"]
+
+
+def copy_of(model: Any) -> ZOOptimizer:
+    """An optimizer whose attributes went through a pickle, on this model."""
+    made = ZOOptimizer(model, lr=1e-2, weights="copy")
+    made.__setstate__(made.__getstate__())
+    return made
 
 
 @pytest.mark.parametrize("kind", ["LoRA", "prefix", "IA3"])

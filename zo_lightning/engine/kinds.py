@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from zo_lightning.engine.parameters import Scale, Trained
 
@@ -27,10 +27,24 @@ class Kind:
     """Whose scales they are."""
     clip: float | None = None
     """Bound on the projected gradient where none is given."""
+    factors: frozenset[str] = frozenset()
+    """Parts of the names of parameters whose noise is a tenth of that of the others, where `eps` is left to the kind."""
+    why: str = ""
+    """What to say of them."""
 
+
+SMALLER = 0.1
 
 WEIGHTS = Kind("weights", 1e-3, 1e-6, "", lambda p, parts: True)
-LORA = Kind("LoRA", 1e-2, 5e-5, "5e-5 to 1e-4", lambda p, parts: any(part.startswith("lora_") for part in parts))
+LORA = Kind(
+    "LoRA",
+    1e-2,
+    5e-5,
+    "5e-5 to 1e-4",
+    lambda p, parts: any(part.startswith("lora_") for part in parts),
+    factors=frozenset({"lora_A", "lora_embedding_A"}),
+    why="LoRA's A gets noise of a tenth of the size: B begins at zero, where the loss says nothing of A (docs/adapters.md).",
+)
 PREFIX = Kind("prefix and prompt tuning", 1e-1, 1e-3, "1e-3 to 1e-2", lambda p, parts: "prompt_encoder" in parts and "embedding" in parts)
 SCALES = Kind(
     "scales of quantized weights",
@@ -58,6 +72,12 @@ def kind_of(trained: Sequence[Trained]) -> Kind:
         parts = parameter.name.split(".")
         sizes[next(kind for kind in KINDS if kind.has(parameter, parts))] += parameter.tensor.numel()
     return sizes.most_common(1)[0][0]
+
+
+def by_factor(factors: frozenset[str], trained: Sequence[Trained]) -> list[Trained]:
+    """The parameters, with noise of a tenth of the size for those that have one of `factors` in their names."""
+    small = [not factors.isdisjoint(p.name.split(".")) for p in trained]
+    return [replace(p, unit=SMALLER * p.unit) if one else p for p, one in zip(trained, small, strict=True)]
 
 
 def usual_lr(trained: Sequence[Trained]) -> str:

@@ -17,7 +17,7 @@ from zo_lightning.engine.advice import NO_DIFFERENCE, NO_LOSS, NOTHING_TO_TRAIN,
 from zo_lightning.engine.estimators import Estimator
 from zo_lightning.engine.evaluation import Closure, Evaluator, Muted, Task, as_scalar
 from zo_lightning.engine.journal import Journal, StepRecord, Unrecorded
-from zo_lightning.engine.kinds import WEIGHTS, check_kinds, kind_of, usual_lr
+from zo_lightning.engine.kinds import WEIGHTS, by_factor, check_kinds, kind_of, usual_lr
 from zo_lightning.engine.lockstep import Remember
 from zo_lightning.engine.masks import Mask, Masks
 from zo_lightning.engine.masks.rules import Chosen
@@ -104,6 +104,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.report: StepReport | None = None
         self.journal: Journal = Unrecorded()
         self._idle = 0
+        self._factors: frozenset[str] = frozenset()
+        """Parts of the names of parameters whose noise is smaller (kinds.py)."""
         own = [set(group) for group in groups]
         scales = {"lr": WEIGHTS.lr if lr is None else lr, "eps": WEIGHTS.eps if eps is None else eps}
         super().__init__(groups, {**scales, "weight_decay": weight_decay})
@@ -128,9 +130,12 @@ class ZOOptimizer(torch.optim.Optimizer):
             values = ", ".join(f"{name}={self.defaults[name]:g}" for name in sorted(left_out))
             what = f"{values}: what suits {kind.name} ({kind.source}), of which most trained parameters are."
             tell_once(f"kind.{kind.name}.{values}", what)
+        if "eps" in left_out and kind.factors and not any("eps" in given for given in own):
+            self._factors = kind.factors
+            tell_once(f"factors.{kind.name}", kind.why)
 
     def _trained(self) -> list[Trained]:
-        trained = collect(self.param_groups, self._names)
+        trained = by_factor(self._factors, collect(self.param_groups, self._names))
         if not trained:
             raise ValueError(NOTHING_TO_TRAIN)
         return trained
