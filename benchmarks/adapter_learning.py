@@ -146,6 +146,14 @@ def lora_with_frozen_a(until: int | None) -> Callable[[Run], Setup]:
     return build
 
 
+def lora_with_small_a(run: Run) -> Setup:
+    """The same, with noise of a tenth of the size in A: eps a tenth, and lr a hundredth, for lr g z is in eps**2."""
+    model, groups, _ = lora(run)
+    factors = [pair for pair in groups[0]["params"] if "lora_A" in pair[0]]
+    others = [pair for pair in groups[0]["params"] if "lora_A" not in pair[0]]
+    return Setup(model, [{"params": others}, {"params": factors, "lr": run.lr / 100, "eps": (run.eps or 0.0) / 10}])
+
+
 def virtual(config: type[peft.PromptLearningConfig], real: bool) -> Callable[[Run], Setup]:
     """Five virtual tokens (MeZO's), and the head; they begin as noise or as real tokens drawn by chance."""
 
@@ -161,6 +169,7 @@ def virtual(config: type[peft.PromptLearningConfig], real: bool) -> Callable[[Ru
 KINDS: dict[str, Kind] = {
     FULL: Kind(full, 2e-4, 1e-2),
     "LoRA": Kind(lora, 1e-2, LORA.eps),
+    "LoRA, a tenth of the noise in A": Kind(lora_with_small_a, 1e-2, LORA.eps),
     "LoRA, A frozen for 30 steps": Kind(lora_with_frozen_a(30), 1e-2, LORA.eps),
     "LoRA, A frozen": Kind(lora_with_frozen_a(None), 1e-2, LORA.eps),
     "prefix": Kind(virtual(peft.PrefixTuningConfig, real=False), 1e-1, PREFIX.eps),

@@ -14,7 +14,7 @@ VERSION = 1
 _COUNTERS = ("seed", "steps", "skipped_steps", "zero_difference_steps")
 
 COPIED = (
-    *("module", "noise", "estimator", "weights", "seed", "rule", "safeguard", "max_nonfinite", "exchange", "report"),
+    *("module", "noise", "estimator", "weights", "seed", "rule", "safeguard", "max_nonfinite", "exchange", "report", "objective"),
     *("steps", "skipped_steps", "zero_difference_steps", "_nonfinite_run", "_zero_run", "_window", "masters", "masks"),
 )
 """Attributes that a copy of an optimizer has, beside torch's own."""
