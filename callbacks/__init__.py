@@ -1,10 +1,21 @@
 """Callbacks for both hosts, imported as `zo_lightning.callbacks`."""
 
 from zo_lightning.callbacks.base import Run, ZOCallback, zo_callbacks
+from zo_lightning.callbacks.metric_objective import MetricObjective
 from zo_lightning.callbacks.monitor import ZOMonitor
 from zo_lightning.callbacks.prefix_init import PrefixInit
 from zo_lightning.callbacks.sparse_mask import SparseMask
 from zo_lightning.callbacks.trajectory_log import TrajectoryLog
 from zo_lightning.callbacks.weight_offload import WeightOffload
 
-__all__ = ["PrefixInit", "Run", "SparseMask", "TrajectoryLog", "WeightOffload", "ZOCallback", "ZOMonitor", "zo_callbacks"]
+__all__ = [
+    "MetricObjective",
+    "PrefixInit",
+    "Run",
+    "SparseMask",
+    "TrajectoryLog",
+    "WeightOffload",
+    "ZOCallback",
+    "ZOMonitor",
+    "zo_callbacks",
+]

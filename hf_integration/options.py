@@ -11,7 +11,7 @@ from zo_lightning.engine.messages import choose
 from zo_lightning.engine.options import EngineOptions
 
 PREFIX = "zo_"
-NAMES = (*(f.name for f in dataclasses.fields(EngineOptions) if f.name != "mask"), "queries")
+NAMES = (*(f.name for f in dataclasses.fields(EngineOptions) if f.name not in ("mask", "objective")), "queries")
 _TRUE, _FALSE, _NONE = ("true", "1", "yes"), ("false", "0", "no"), ("none", "null", "")
 _READ = {"lr": float, "weight_decay": float, "eps": float, "clip": float, "seed": int, "max_nonfinite": int}
 _READ["queries"] = int

@@ -28,9 +28,14 @@ from zo_lightning.hf_integration.checkpoints import is_complete, newest_complete
 from zo_lightning.hf_integration.config import ZOArguments
 from zo_lightning.hf_integration.data_order import DataOrder
 from zo_lightning.hf_integration.loss_scale import ignores_items, may_ignore_items
+from zo_lightning.hf_integration.observed import observed, with_trainers_metrics
 from zo_lightning.hf_integration.options import engine_options, read_fields, take_options
 from zo_lightning.hf_integration.quantized import QuantizedMixin
 from zo_lightning.hf_integration.quiet import no_backward, rerun, unseen
+
+
+def _as_it_is(loss: Any) -> Any:
+    return loss
 
 
 def from_trl(kind: type) -> bool:
@@ -175,7 +180,7 @@ class ZOTrainerMixin(QuantizedMixin):
             )
         if options.weight_decay is not None:
             self.args.weight_decay = options.weight_decay
-        self._zo_options = options
+        self._zo_options = options = with_trainers_metrics(options, self)
         knobs.stop_checkpointing(self.model)
         super().create_optimizer(*args, **kwargs)
         engine = self.zo_optimizer
@@ -230,9 +235,19 @@ class ZOTrainerMixin(QuantizedMixin):
             num_items_in_batch = None
         step = super().training_step
         with no_backward(self.accelerator):
+            objective = self.zo_optimizer.objective
+            prepared = inputs if objective is None else self._prepare_inputs(inputs)
             state = rerun(self)
-            closure = state.closure(lambda: step(model, copy.copy(inputs), num_items_in_batch))
-            loss = self.zo_optimizer.estimate(closure, muted=functools.partial(unseen, state, self), remember=state.remember).loss
+            with observed(self, prepared) if objective is not None else nullcontext(_as_it_is) as read:
+
+                def evaluate() -> Any:
+                    if objective is not None and not objective.needs_output:
+                        return {}
+                    return read(step(model, copy.copy(prepared), num_items_in_batch))
+
+                muted = functools.partial(unseen, state, self)
+                estimate = self.zo_optimizer.estimate
+                loss = estimate(state.closure(evaluate), muted=muted, remember=state.remember, batch=prepared).loss
         return torch.as_tensor(loss, dtype=torch.float32).to(self.args.device)
 
     def _zo_loss_ignores_items(self, inputs: Any, num_items: Any) -> bool:

@@ -14,13 +14,24 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Sampler
 from torch.utils.data.distributed import DistributedSampler
+from torchmetrics.classification import MulticlassF1Score
+
+from zo_lightning import ZODDPStrategy, ZOStrategy
+from zo_lightning.callbacks import MetricObjective
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {"batch_size": 4},
     "other namespace": {"batch_size": 4, "name": NAMES[1]},
     "accumulated": {"batch_size": 2, "accumulate_grad_batches": 2},
     "buffers": {"batch_size": 4},
+    "f1": {"batch_size": 2, "accumulate_grad_batches": 2},
 }
+
+
+def signs(model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+    """Whether the target is positive, as classes."""
+    logits = model(batch[0])
+    return {"preds": (logits[:, 0] > 0).long(), "target": (batch[1][:, 0] > 0).long()}
 
 
 def make(case: str, rank: int) -> Any:
@@ -30,6 +41,8 @@ def make(case: str, rank: int) -> Any:
     class Module(pl_module):  # type: ignore[misc]
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             loss = super().training_step(batch, batch_idx)
+            if case == "f1":
+                return {**signs(self.net, batch), "loss": loss}
             self.log("loss", loss, on_step=False, on_epoch=True, sync_dist=True)
             return loss
 
@@ -63,17 +76,25 @@ class InLightningsOrder(Sampler[int]):
         return (index for pair in zip(*ranks, strict=True) for index in pair)
 
 
+def host_of(case: str, folder: Path, callbacks: list[Any], **options: Any) -> Any:
+    """The Trainer of a case."""
+    given = {key: value for key, value in CASES[case].items() if key not in ("name", "batch_size")}
+    if case == "f1":
+        options["strategy"] = (ZODDPStrategy if "devices" in options else ZOStrategy)(eps=0.3, lr=0.1)
+        callbacks = [MetricObjective(MulticlassF1Score(2)), *callbacks]
+    return trainer(folder, CASES[case].get("name", NAMES[0]), callbacks=callbacks, num_sanity_val_steps=0, **given, **options)
+
+
 def fit(case: str, folder: Path, rank: int = 0, path: Path | None = None, **options: Any) -> dict[str, Any]:
     """Train a case for two epochs; what it ends with."""
-    given = dict(CASES[case])
-    name, batch_size = given.pop("name", NAMES[0]), given.pop("batch_size") * (1 if "devices" in options else 2)
+    name, batch_size = CASES[case].get("name", NAMES[0]), CASES[case]["batch_size"] * (1 if "devices" in options else 2)
     module, recorder, ranks = make(case, rank), Recorder(), []
     wrapped: list[bool] = []
     watch = lightning(name).callbacks.LambdaCallback(
         on_train_start=lambda host, module: wrapped.append(isinstance(host.strategy.model, DistributedDataParallel)),
         on_validation_end=lambda host, module: ranks.append(state(module)),
     )
-    host = trainer(folder, name, max_epochs=2, callbacks=[recorder, watch], num_sanity_val_steps=0, **given, **options)
+    host = host_of(case, folder, [recorder, watch], max_epochs=2, **options)
     data = loader(batch_size, dtype=torch.float64, sampler=None if "devices" in options else InLightningsOrder())
     host.fit(module, data, loader(8, dtype=torch.float64), ckpt_path=path, weights_only=None if path is None else True)
     checkpoint = folder / f"{case}.ckpt"
@@ -91,13 +112,11 @@ def fit(case: str, folder: Path, rank: int = 0, path: Path | None = None, **opti
 
 def resume(case: str, folder: Path, rank: int, **options: Any) -> dict[str, Any]:
     """The same run, broken off after an odd number of batches, and resumed."""
-    name = CASES[case].get("name", NAMES[0])
-    given = {key: value for key, value in CASES[case].items() if key not in ("name", "batch_size")}
-    half = trainer(folder, name, max_steps=3, num_sanity_val_steps=0, **given, **options)
+    half = host_of(case, folder, [], max_steps=3, **options)
     half.fit(make(case, rank), loader(CASES[case]["batch_size"], dtype=torch.float64))
     half.save_checkpoint(folder / f"{case}.half.ckpt")
     rest = make(case, rank + 2)
-    host = trainer(folder, name, max_steps=16, num_sanity_val_steps=0, **given, **options)
+    host = host_of(case, folder, [], max_steps=16, **options)
     host.fit(rest, loader(CASES[case]["batch_size"], dtype=torch.float64), ckpt_path=folder / f"{case}.half.ckpt", weights_only=True)
     return state(rest.net)
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hf_tools import losses, same, weights
 from hf_worker import CASES, build
+from scissors import Scissors
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,17 @@ def test_ranks_stay_equal_and_match_one_process(name: str, results: dict[tuple[s
     assert first["losses"] == pytest.approx(losses(host), rel=1e-6)
     for key, value in weights(host.model).items():
         torch.testing.assert_close(first["weights"][key], value, rtol=0, atol=1e-9)
+
+
+def test_f1_of_two_processes_and_accumulation_is_that_of_the_whole_batch_exactly(
+    results: dict[tuple[str, int], Any], tmp_path: Path
+) -> None:
+    """Its mean over parts would be another number (test_objectives.py)."""
+    seen = Scissors()
+    build("f1", tmp_path, 0, 8, callbacks=[seen]).train()
+    ours = results["f1", 0]["values"]
+    assert ours == results["f1", 1]["values"] == [report.values for report in seen.reports]
+    assert len({value for row in ours for value in row}) > 2
 
 
 @pytest.mark.parametrize("name", CASES)

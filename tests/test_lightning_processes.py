@@ -44,6 +44,14 @@ def test_ranks_stay_equal_and_match_one_process(case: str, results: dict[tuple[s
     assert first["logged"] == second["logged"] == pytest.approx(alone["logged"], abs=1e-9)
 
 
+def test_f1_of_two_processes_and_accumulation_is_that_of_the_whole_batch_exactly(
+    results: dict[tuple[str, int], Any], tmp_path: Path
+) -> None:
+    values = results["f1", 0]["values"]
+    assert values == fit("f1", tmp_path)["values"]
+    assert len({value for row in values for value in row}) > 2
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if case != "buffers"])
 def test_a_resume_on_two_ranks_is_the_uninterrupted_run(case: str, results: dict[tuple[str, int], Any]) -> None:
     for rank in range(2):

@@ -32,8 +32,18 @@ class Task(NamedTuple):
     seed: int
     muted: Muted
     loss_of: Callable[[Any], Any]
+    observe: Callable[[Any], Any] | None = None
+    """Called with what the closure returned, at the point where it ran; its results are the samples of an objective."""
     remember: Remember | None = None
     """Tells what Python state the closure may change and `muted` puts back; None: it is not put back."""
+
+
+class Evaluated(NamedTuple):
+    """`output` is what the closure returned at the first point; a loss (float64 scalar) and, with `observe`, a sample of every point."""
+
+    output: Any
+    losses: list[Tensor]
+    samples: list[Any]
 
 
 class Evaluator:
@@ -48,8 +58,8 @@ class Evaluator:
         """Whether the last evaluations took turns."""
         self._lockstep = Lockstep(module)
 
-    def evaluate(self, task: Task) -> tuple[Any, list[Tensor]]:
-        """(output of the closure at the first point, the loss at every point as float64 scalars); no losses where there is none.
+    def evaluate(self, task: Task) -> Evaluated:
+        """Evaluate at every point; no losses where the closure gives none.
 
         Every evaluation starts from generator states that the seed determines and from the same buffers. Those at other points than the
         first run inside `muted()`. Weights, generators and training flags come back as they were; buffers as the first one left them. A
@@ -73,7 +83,7 @@ class Evaluator:
         self.buffers.first_done()
         self.buffers.rewind()
 
-    def _abreast(self, task: Task, residency: Offloaded, host: HostState) -> tuple[Any, list[Tensor]]:
+    def _abreast(self, task: Task, residency: Offloaded, host: HostState) -> Evaluated:
         """The same as `_points`, with all points at once."""
 
         def job(index: int) -> Callable[[], Any]:
@@ -94,41 +104,45 @@ class Evaluator:
         self.count += len(outputs)
         self.buffers.first_done()
         self._lockstep.left_behind(moved if task.remember is None else None, world.shared)
-        losses = [task.loss_of(output) for output in outputs]
+        losses = [task.loss_of(output) for output, _ in outputs]
         if any(loss is None for loss in losses):
-            return None, []
-        return outputs[0], [as_scalar(loss) for loss in losses]
+            return Evaluated(None, [], [])
+        return Evaluated(outputs[0][0], [as_scalar(loss) for loss in losses], [sample for _, sample in outputs])
 
-    def _points(self, task: Task, host: HostState) -> tuple[Any, list[Tensor]]:
+    def _points(self, task: Task, host: HostState) -> Evaluated:
         first: Any = None
         losses: list[Tensor] = []
+        samples: list[Any] = []
         with task.residency.session():
             for index, point in enumerate(task.points):
                 unnoticed = index == (0 if task.remember is None else 1)  # all that it left behind is put back, if anything is
                 watched = self._lockstep.watched(task.residency, task.remember) if unnoticed else nullcontext()
                 with watched, task.residency.at(point, task.eps), task.muted() if index else nullcontext():
-                    output = self._one(task, host)
+                    output, sample = self._one(task, host)
                 self.count += 1
                 if index == 0:
                     self.buffers.first_done()
                     first = output
                 loss = task.loss_of(output)
                 if loss is None:
-                    return None, []
+                    return Evaluated(None, [], [])
                 losses.append(as_scalar(loss))
+                samples.append(sample)
                 if not task.residency.reached():
                     raise RuntimeError(_NOT_REACHED)
                 if index + 1 < len(task.points):
                     self.buffers.rewind()
-        return first, losses
+        return Evaluated(first, losses, samples)
 
-    def _one(self, task: Task, host: HostState) -> Any:
+    def _one(self, task: Task, host: HostState) -> tuple[Any, Any]:
+        """(what the closure returned, its sample)."""
         host.seed(task.seed)
         torch.clear_autocast_cache()  # autocast keeps cast weights; the second evaluation would see those of the first
         before = [_grad_of(p.tensor) for p in task.residency.trained]
         try:
             with interruptible():
                 output = task.closure()
+                sample = None if task.observe is None or output is None else task.observe(output)
         except RuntimeError as error:
             if "does not require grad and does not have a grad_fn" in str(error):
                 raise RuntimeError(_BACKWARD) from error
@@ -137,7 +151,7 @@ class Evaluator:
             torch.clear_autocast_cache()
         if any(_grad_of(p.tensor) not in ((0, 0), old) for p, old in zip(task.residency.trained, before, strict=True)):
             raise RuntimeError(_BACKWARD)
-        return output
+        return output, sample
 
     @contextmanager
     def _dropout(self) -> Iterator[None]:

@@ -23,6 +23,7 @@ from zo_lightning.engine.masks import Mask, Masks
 from zo_lightning.engine.masks.rules import Chosen
 from zo_lightning.engine.messages import say_once, tell_once
 from zo_lightning.engine.noise import Change, Noise
+from zo_lightning.engine.objectives import Objective, measured
 from zo_lightning.engine.options import EngineOptions, as_estimator, as_noise, as_safeguard, check_group
 from zo_lightning.engine.parallel import Exchange
 from zo_lightning.engine.parameters import Trained, collect, names_of, signature, split_input
@@ -56,6 +57,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         safeguard: "stop", "halve", "warn", None or a `Safeguard`.
         max_nonfinite: consecutive steps with a non-finite loss before FloatingPointError; such steps are skipped and counted.
         mask: a `masks.Mask`: which weights are trained; None trains all of them.
+        objective: an `objectives.Objective`: what is minimised instead of the loss.
         module: the module whose forward the closure evaluates, where `params` is not one.
 
     Raises ValueError for options out of range, for tensors that can't be trained, and where nothing is trainable.
@@ -79,9 +81,11 @@ class ZOOptimizer(torch.optim.Optimizer):
         safeguard: str | Safeguard | None = "stop",
         max_nonfinite: int = 20,
         mask: Mask | None = None,
+        objective: Objective | None = None,
         module: nn.Module | None = None,
     ) -> None:
-        EngineOptions(lr, eps, seed, noise, estimator, weights, weight_decay, dropout, clip, safeguard, max_nonfinite, mask).validate()
+        options = (lr, eps, seed, noise, estimator, weights, weight_decay, dropout, clip, safeguard, max_nonfinite, mask, objective)
+        EngineOptions(*options).validate()
         if module is not None and not isinstance(module, nn.Module):
             raise TypeError(f"module={module!r} is not an nn.Module. Pass the module whose forward the closure evaluates.")
         found, groups, given = split_input(params)
@@ -100,6 +104,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         self._residency: Residency | None = None
         self.masters = Masters()
         self.masks = Masks(mask)
+        self.objective = objective
         self._signature: tuple[Any, ...] = ()
         self.report: StepReport | None = None
         self.journal: Journal = Unrecorded()
@@ -203,15 +208,17 @@ class ZOOptimizer(torch.optim.Optimizer):
         muted: Muted = nullcontext,
         loss_of: Callable[[Any], Any] = lambda output: output,
         remember: Remember | None = None,
+        batch: Any = None,
     ) -> Estimate:
         """Evaluate one micro-batch at all points of this step and add weight * loss of each to the window.
 
         The weights are unperturbed again on return, also after an exception. Evaluations other than the first run inside `muted()`.
         `loss_of` takes the loss from what the closure returned; None skips the micro-batch. `remember` tells an `Undo` what Python state
-        the closure may change, and `muted()` puts back: evaluations that take turns have a version each.
+        the closure may change, and `muted()` puts back: evaluations that take turns have a version each. `batch` is for an objective that
+        asks the module itself.
         Raises TypeError or ValueError for a loss that is not one real number, RuntimeError where the closure calls backward.
         """
-        return self._estimate(self.residency, closure, weight, muted, loss_of, remember)
+        return self._estimate(self.residency, closure, weight, muted, loss_of, remember, batch)
 
     def _estimate(
         self,
@@ -221,6 +228,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         muted: Muted,
         loss_of: Callable[[Any], Any],
         remember: Remember | None,
+        batch: Any = None,
     ) -> Estimate:
         began = time.perf_counter()
         plan = self.journal.recall(self.steps, updating=False)
@@ -228,16 +236,19 @@ class ZOOptimizer(torch.optim.Optimizer):
             self._window = self._begin()
         window = self._window
         seed = evaluation_seed(self.seed, self.steps, window.micro_batches, self.exchange.rank)
-        task = Task(closure, window.points, residency, [], seed, muted, loss_of, remember)
+        observe = None
+        if (objective := self.objective) is not None:
+            loss_of, observe = objective.loss_of, lambda output: objective.observe(output, self.module, batch)
+        task = Task(closure, window.points, residency, [], seed, muted, loss_of, observe, remember)
         if plan is not None:
             return recall.estimate(plan, self._evaluator, task, window, weight)
         self.journal.look(self, window.micro_batches, updating=False)
-        output, losses = self._evaluator.evaluate(task._replace(eps=self._eps_of(window)))
+        output, losses, samples = self._evaluator.evaluate(task._replace(eps=self._eps_of(window)))
         self.journal.remember(self)
         window.micro_batches += 1
         window.traces = window.traces or self._evaluator.buffers.moved or not losses
         if losses:
-            window.add(losses, weight)
+            window.add(losses, weight, samples if observe is not None else [])
         window.seconds += time.perf_counter() - began
         return Estimate(output, torch.stack(losses).mean() * weight) if losses else Estimate(None, None)
 
@@ -257,6 +268,9 @@ class ZOOptimizer(torch.optim.Optimizer):
         window, self._window = self._window, None
         plan = self.journal.recall(self.steps, updating=True)
         values = self._values(window, plan)
+        scores: list[float] = []
+        if values is not None and plan is None and self.objective is not None:
+            values, scores = measured(self.objective, self.exchange, self.steps, values, (window or self._new_window()).samples)
         if values is None:
             self._check_no_gradients()
             self._idle += 1
@@ -282,7 +296,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         self._idle = 0
         self.journal.remember(self)
         seconds = window.seconds + time.perf_counter() - began
-        self.report = make_report(self, window, values, terms, settings[0].lr, seconds)
+        self.report = make_report(self, window, values, scores, terms, settings[0].lr, seconds)
         self.steps += 1
         self._keep_count(self.report)
         return self.report

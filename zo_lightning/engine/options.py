@@ -12,6 +12,7 @@ from zo_lightning.engine.estimators import ESTIMATORS, SPSA, Estimator
 from zo_lightning.engine.masks import Mask
 from zo_lightning.engine.messages import check_number, choose
 from zo_lightning.engine.noise import NOISES, Noise
+from zo_lightning.engine.objectives import Objective
 from zo_lightning.engine.residency import WEIGHTS, Offload
 from zo_lightning.engine.safeguard import Safeguard
 
@@ -38,6 +39,7 @@ class EngineOptions:
     safeguard: str | Safeguard | None = "stop"
     max_nonfinite: int = 20
     mask: Mask | None = None
+    objective: Objective | None = None
 
     def validate(self) -> None:
         """Raise ValueError that names the option, its value and what is allowed."""
@@ -59,6 +61,8 @@ class EngineOptions:
             choose("weights", self.weights, WEIGHTS, "an Offload")
         if self.mask is not None and not isinstance(self.mask, Mask):
             raise ValueError(f"Invalid mask: {self.mask!r}. Must be a Mask (zo_lightning.engine.masks), or None.")
+        if self.objective is not None and not isinstance(self.objective, Objective):
+            raise ValueError(f"Invalid objective: {self.objective!r}. Must be an Objective (zo_lightning.engine.objectives), or None.")
         as_noise(self.noise)
         as_estimator(self.estimator)
         as_safeguard(self.safeguard)

@@ -24,6 +24,10 @@ class Exchange:
         """What rank 0 has, on every rank."""
         return value
 
+    def gather(self, value: Any) -> list[Any]:
+        """What each rank has, in their order, on every rank."""
+        return [value]
+
 
 class DataParallel(Exchange):
     """Ranks see different data and the same z: values are averaged in float64, summed in the order of ranks on every rank."""
@@ -48,6 +52,11 @@ class DataParallel(Exchange):
         values = [value]
         dist.broadcast_object_list(values, 0, group=self.group, device=self.device)
         return values[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
 
 
 def broadcast_parameters(tensors: list[Tensor], group: dist.ProcessGroup | None = None) -> None:

@@ -34,9 +34,10 @@ def estimate(record: StepRecord, evaluator: Evaluator, task: Task, window: Windo
             with residency.session():  # here, and not all before the update: others may change the weights between micro-batches
                 pass
     if record.traces:
-        output, losses = evaluator.evaluate(task._replace(residency=residency, points=window.points[:1], eps=eps_of(record)))
-        if not losses:
+        evaluated = evaluator.evaluate(task._replace(residency=residency, points=window.points[:1], eps=eps_of(record)))
+        if not evaluated.losses:
             return Estimate(None, None)
+        output = evaluated.output
     evaluator.count = before + len(window.points)
     return Estimate(output, loss)
 

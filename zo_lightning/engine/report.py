@@ -49,6 +49,8 @@ class StepReport:
     """|l+ - l-| in units of the float32 spacing at the loss: below some tens the difference is rounding."""
     seconds: float
     """Wall time of the step's evaluations and update."""
+    score: float | None = None
+    """What the objective measured, in its own unit, mean over points; None without an objective, and for recalled steps."""
 
 
 def float32_spacing(value: float) -> float:
@@ -59,7 +61,13 @@ def float32_spacing(value: float) -> float:
 
 
 def make_report(
-    optimizer: ZOOptimizer, window: Window, values: Sequence[float], terms: Sequence[Term], lr: float, seconds: float
+    optimizer: ZOOptimizer,
+    window: Window,
+    values: Sequence[float],
+    scores: Sequence[float],
+    terms: Sequence[Term],
+    lr: float,
+    seconds: float,
 ) -> StepReport:
     """Of a step whose points had these values; without terms it was skipped."""
     plus, minus = optimizer.estimator.sides(values)
@@ -78,4 +86,5 @@ def make_report(
         zero_difference=bool(terms) and not any(term.slope for term in terms),
         resolution=difference / float32_spacing(max(abs(plus), abs(minus))) if terms else math.nan,
         seconds=seconds,
+        score=math.fsum(scores) / len(scores) if scores else None,
     )

@@ -15,7 +15,7 @@ _COUNTERS = ("seed", "steps", "skipped_steps", "zero_difference_steps")
 
 COPIED = (
     *("module", "noise", "estimator", "weights", "seed", "rule", "safeguard", "max_nonfinite", "exchange", "report", "_factors"),
-    *("steps", "skipped_steps", "zero_difference_steps", "_nonfinite_run", "_zero_run", "_window", "masters", "masks"),
+    *("steps", "skipped_steps", "zero_difference_steps", "_nonfinite_run", "_zero_run", "_window", "masters", "masks", "objective"),
 )
 """Attributes that a copy of an optimizer has, beside torch's own."""
 

@@ -18,20 +18,30 @@ class Window:
         self.eps = eps
         """Of each parameter group."""
         self.totals: list[Tensor] | None = None
+        self.samples: list[list[Any]] = [[] for _ in points]
+        """What an objective observed at each point."""
         self.micro_batches = 0
         self.seconds = 0.0
         self.traces = False
         """Whether the first evaluations left something behind: buffers, logged values."""
 
-    def add(self, losses: list[Tensor], weight: float) -> None:
-        """Add weight * loss of every point."""
+    def add(self, losses: list[Tensor], weight: float, samples: list[Any]) -> None:
+        """Add weight * loss of every point, and its sample where there is an objective."""
+        for own, sample in zip(self.samples, samples, strict=False):
+            own.append(sample)
         scaled = [loss * weight for loss in losses]
         self.totals = scaled if self.totals is None else [a.to(b.device) + b for a, b in zip(self.totals, scaled, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
         """A checkpoint in the middle of an accumulation keeps what was measured so far."""
         totals = None if self.totals is None else torch.stack(self.totals).tolist()
-        return {"points": len(self.points), "eps": list(self.eps), "micro_batches": self.micro_batches, "totals": totals}
+        return {
+            "points": len(self.points),
+            "eps": list(self.eps),
+            "micro_batches": self.micro_batches,
+            "totals": totals,
+            "samples": self.samples,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned. ValueError where another estimator measured it."""
@@ -41,4 +51,5 @@ class Window:
                 f"{len(self.points)}. Resume with the same estimator (queries), or from a state saved between two steps."
             )
         self.eps, self.micro_batches = list(state["eps"]), state["micro_batches"]
+        self.samples = [list(own) for own in state["samples"]]
         self.totals = None if state["totals"] is None else [torch.tensor(x, dtype=torch.float64) for x in state["totals"]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -157,11 +157,22 @@ class ForwardOnly(Bindable):
         def muted() -> AbstractContextManager[None]:
             return quiet(state, module, trainer, silent_logger)
 
-        closure = state.closure(lambda: evaluate(*args, **kwargs))
+        engine = self._zo_host.engine
+        asked = engine.objective is None or engine.objective.needs_output
+        closure = state.closure(lambda: evaluate(*args, **kwargs) if asked else {})
         weight = 1.0 / trainer.accumulate_grad_batches
-        estimate = self._zo_host.engine.estimate(closure, weight=weight, muted=muted, loss_of=ns.loss_of, remember=world(state, trainer))
+        estimate = engine.estimate(
+            closure,
+            weight=weight,
+            muted=muted,
+            loss_of=ns.loss_of,
+            remember=world(state, trainer),
+            batch=args[0] if args else None,
+        )
         if trainer._results or not isinstance(estimate.output, torch.Tensor):
             self._zo_host.engine.leaves_traces()
+        if isinstance(estimate.output, Mapping) and "loss" not in estimate.output:
+            return {**estimate.output, "loss": torch.zeros(())}  # the loop wants one
         return estimate.output
 
     def backward(self, closure_loss: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
