@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,7 @@ class OfObjective(ZOCallback):
 
     def __init__(self) -> None:
         self._steps = self._equal = 0
-        self._score: float | None = None
+        self._waiting: list[StepReport] = []
 
     def configure(self, options: EngineOptions) -> EngineOptions:
         if options.objective not in (None, self.objective):
@@ -36,10 +37,10 @@ class OfObjective(ZOCallback):
 
     def on_run_start(self, run: Run) -> None:
         self._steps = self._equal = 0
-        self._score = None
+        self._waiting = []
 
     def on_zo_step(self, run: Run, report: StepReport) -> None:
-        self._score = report.score if report.score is not None else self._score
+        self._waiting.append(report)
         self._steps += not report.skipped
         self._equal += report.zero_difference
         if self._steps >= LOOKED_AT and self._equal > TOO_MANY * self._steps and run.is_rank_zero:
@@ -50,9 +51,10 @@ class OfObjective(ZOCallback):
             )
 
     def metrics(self) -> dict[str, float]:
-        if self._score is None:
-            return {}
-        return {"zo/objective": self._score, "zo/equal_values": self._equal / max(1, self._steps)}
+        waiting, self._waiting = [report for report in self._waiting if not report.skipped], []
+        scores = [report.score for report in waiting if report.score is not None]
+        shown = {} if not scores else {"zo/objective": statistics.fmean(scores)}
+        return shown if not waiting else {**shown, "zo/equal_values": statistics.fmean(report.zero_difference for report in waiting)}
 
 
 class MetricObjective(OfObjective):
@@ -60,7 +62,7 @@ class MetricObjective(OfObjective):
 
     The metric is computed once a step and point from the predictions of all micro-batches and processes, so that the F1 of an accumulated
     or distributed batch is that of the whole batch. Your metric object keeps its state: a copy is used. Logs `zo/objective`, the metric's
-    mean over the points, and `zo/equal_values`, the share of steps in which all points had the same value.
+    mean over points and the steps since the last time, and `zo/equal_values`, the share of them in which all points had the same value.
 
     Where predictions come from: in Hugging Face, the model's logits and the batch's labels, shifted for causal language models, or (metric
     "compute_metrics") what the Trainer's own compute_metrics makes of them; in Lightning, a training_step that returns a dict with "preds"

@@ -88,7 +88,7 @@ def test_charts_show_the_metric_and_the_loss_stays_the_loss(tmp_path: Path) -> N
     plain.train()
     shown = losses(host, "zo/objective")
     assert shown == pytest.approx([-sum(row) / 2 for row in seen.values])
-    assert losses(host, "zo/equal_values")[-1] == sum(a == b for a, b in seen.values) / 4
+    assert losses(host, "zo/equal_values") == [float(a == b) for a, b in seen.values]
     assert losses(host)[0] == pytest.approx(losses(plain)[0])
 
 
@@ -212,9 +212,12 @@ def test_a_run_that_is_killed_goes_on(save: bool, tmp_path: Path) -> None:
 
 
 def test_two_objectives_and_wrong_options_are_refused(tmp_path: Path) -> None:
+    class Other(MetricObjective):  # Lightning has a word of its own for two callbacks of one class
+        pass
+
     for run in (hf, fit):
         with pytest.raises(ValueError, match=r"two objectives, 'MulticlassF1Score' and 'MulticlassAccuracy'"):
-            run(tmp_path, MetricObjective(MulticlassF1Score(**F1)), more=[MetricObjective(MulticlassAccuracy(2))])
+            run(tmp_path, MetricObjective(MulticlassF1Score(**F1)), more=[Other(MulticlassAccuracy(2))])
     with pytest.raises(ValueError, match="tokenizer= and preprocess= are both given"):
         MetricObjective(SQuAD(), key="f1", tokenizer=tokenizer(), preprocess=lambda preds, target: (preds, target))
 
@@ -266,9 +269,16 @@ def without_statistics() -> nn.Module:
 
 
 def fit(
-    folder: Path, objective: Any, kind: str = "dict", more: Any = (), batch_size: int = 16, dropout: float = 0.0, **options: Any
+    folder: Path,
+    objective: Any,
+    kind: str = "dict",
+    more: Any = (),
+    batch_size: int = 16,
+    dropout: float = 0.0,
+    plain: bool = False,
+    **options: Any,
 ) -> Any:
-    seen, own = Recorder(), module(kind, dropout)
+    seen, own = Recorder(), module(kind, dropout, plain)
     options.setdefault("max_epochs", 2)
     host = lightning_trainer(folder, strategy=ZOStrategy(eps=0.1), callbacks=[objective, *more, seen], **options)
     host.fit(own, loader(batch_size))
@@ -302,8 +312,7 @@ def test_logged_metrics_are_counted_once_a_batch_and_the_metric_is_charted(tmp_p
     written = next(tmp_path.rglob("metrics.csv")).read_text()
     assert "zo/objective" in written.splitlines()[0]
     shown = [float(row["zo/objective"]) for row in csv.DictReader(written.splitlines()) if row.get("zo/objective")]
-    assert shown == pytest.approx([-sum(row) / 2 for row in seen.values][-len(shown) :])
-    assert shown
+    assert shown == pytest.approx([-sum(row) / 2 for row in seen.values])
 
 
 def test_accumulated_f1_in_lightning_is_that_of_the_whole_batch(tmp_path: Path) -> None:
@@ -313,7 +322,7 @@ def test_accumulated_f1_in_lightning_is_that_of_the_whole_batch(tmp_path: Path) 
     )
     assert len(seen.values) == 8
     assert seen.values == parts_seen.values
-    assert all(float((p - q).abs().max()) < 1e-6 for p, q in zip(whole.parameters(), parts.parameters(), strict=True))
+    assert all(float((p - q).abs().max()) < 1e-6 for p, q in zip(whole.state_dict().values(), parts.state_dict().values(), strict=True))
 
 
 @pytest.mark.parametrize("logged", [False, True])
