@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from zo_lightning.callbacks.base import Run, ZOCallback
 from zo_lightning.engine.messages import say_once
-from zo_lightning.engine.objectives import Objective, Scheduled, Score
+from zo_lightning.engine.objectives import Objective, Scheduled, Score, is_hosts
 from zo_lightning.engine.options import EngineOptions
 from zo_lightning.engine.report import StepReport
 
@@ -27,7 +27,9 @@ class OfObjective(ZOCallback):
 
     def __init__(self) -> None:
         self._steps = self._equal = 0
-        self._waiting: list[StepReport] = []
+        self._waiting = Counter[str]()
+        """Since the last time of logging: steps, those without a difference, those with a score."""
+        self._sum = 0.0
 
     def configure(self, options: EngineOptions) -> EngineOptions:
         if options.objective not in (None, self.objective):
@@ -37,10 +39,14 @@ class OfObjective(ZOCallback):
 
     def on_run_start(self, run: Run) -> None:
         self._steps = self._equal = 0
-        self._waiting = []
+        self._waiting = Counter()
 
     def on_zo_step(self, run: Run, report: StepReport) -> None:
-        self._waiting.append(report)
+        if not report.skipped:
+            self._waiting.update(steps=1, equal=int(report.zero_difference))
+        if not report.skipped and report.score is not None:
+            self._waiting["scores"] += 1
+            self._sum += report.score
         self._steps += not report.skipped
         self._equal += report.zero_difference
         if self._steps >= LOOKED_AT and self._equal > TOO_MANY * self._steps and run.is_rank_zero:
@@ -51,10 +57,9 @@ class OfObjective(ZOCallback):
             )
 
     def metrics(self) -> dict[str, float]:
-        waiting, self._waiting = [report for report in self._waiting if not report.skipped], []
-        scores = [report.score for report in waiting if report.score is not None]
-        shown = {} if not scores else {"zo/objective": statistics.fmean(scores)}
-        return shown if not waiting else {**shown, "zo/equal_values": statistics.fmean(report.zero_difference for report in waiting)}
+        waiting, total, self._waiting, self._sum = self._waiting, self._sum, Counter(), 0.0
+        shown = {"zo/objective": total / waiting["scores"]} if waiting["scores"] else {}
+        return {**shown, "zo/equal_values": waiting["equal"] / waiting["steps"]} if waiting["steps"] else shown
 
 
 class MetricObjective(OfObjective):
@@ -86,12 +91,17 @@ class MetricObjective(OfObjective):
         preprocess: Callable[[Any, Any], tuple[Any, Any]] | None = None,
         tokenizer: Any = None,
         ignore_index: int | None = -100,
+        shift: bool | None = None,
         loss_weight: Scheduled = 0.0,
         weight: Scheduled = 1.0,
     ) -> None:
         super().__init__()
         if tokenizer is not None and preprocess is not None:
             raise ValueError("tokenizer= and preprocess= are both given. Decode in preprocess, or leave it out.")
+        if tokenizer is not None and not callable(getattr(tokenizer, "batch_decode", None)):
+            raise TypeError(f"tokenizer={tokenizer!r} is not a tokenizer: it has no batch_decode.")
+        if tokenizer is not None and is_hosts(metric):
+            raise ValueError(f"tokenizer= does nothing for {metric!r}, which decodes by itself. Leave it out.")
         self.objective = Score(
             metric,
             key=key,
@@ -99,6 +109,7 @@ class MetricObjective(OfObjective):
             source=source,
             preprocess=preprocess if tokenizer is None else Decoded(tokenizer, ignore_index),
             ignore_index=ignore_index if tokenizer is None else None,
+            shift=shift,
             loss_weight=loss_weight,
             weight=weight,
         )

@@ -6,8 +6,8 @@ import copy
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -238,17 +238,28 @@ class ZOTrainerMixin(QuantizedMixin):
             objective = self.zo_optimizer.objective
             prepared = inputs if objective is None else self._prepare_inputs(inputs)
             state = rerun(self)
-            with observed(self, prepared) if objective is not None else nullcontext(_as_it_is) as read:
+            with observed(self, prepared, objective) if objective is not None else nullcontext(_as_it_is) as read:
 
                 def evaluate() -> Any:
                     if objective is not None and not objective.needs_output:
+                        model.train()  # as the step does that is not made
                         return {}
                     return read(step(model, copy.copy(prepared), num_items_in_batch))
 
-                muted = functools.partial(unseen, state, self)
-                estimate = self.zo_optimizer.estimate
-                loss = estimate(state.closure(evaluate), muted=muted, remember=state.remember, batch=prepared).loss
+                loss = self.zo_optimizer.estimate(
+                    state.closure(evaluate),
+                    muted=functools.partial(unseen, state, self),
+                    remember=state.remember,
+                    batch=prepared,
+                    surroundings=self._zo_precision,
+                ).loss
         return torch.as_tensor(loss, dtype=torch.float32).to(self.args.device)
+
+    @contextmanager
+    def _zo_precision(self) -> Iterator[None]:
+        """What the host puts around its loss."""
+        with self.compute_loss_context_manager(), self.accelerator.autocast():
+            yield
 
     def _zo_loss_ignores_items(self, inputs: Any, num_items: Any) -> bool:
         if self._zo_without_items is None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from hf_tools import bert, llama, losses, same, texts, tokenizer, tokens, trainer, weights
 from lightning_models import HOST_WARNINGS, Recorder, lightning, lit, loader, net, state
 from lightning_models import trainer as lightning_trainer
@@ -150,6 +151,92 @@ def test_texts_are_decoded(tmp_path: Path) -> None:
     assert any(asked[0][0])
 
 
+@pytest.mark.parametrize("kind", ["llama", "subclass", "bart", "t5"])
+def test_the_metric_sees_what_the_loss_is_of(kind: str, tmp_path: Path) -> None:
+    """Cross-entropy as a metric is the model's own loss: logits are shifted where the loss shifts, hidden states are no predictions."""
+    sizes: dict[str, Any] = {"vocab_size": 32, "d_model": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    if kind == "bart":
+        layers = {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32, "max_position_embeddings": 32, "dropout": 0.0}
+        model: Any = transformers.BartForCausalLM(transformers.BartConfig(**sizes, **layers, is_decoder=True))
+    elif kind == "t5":
+        layers = {"d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0, "decoder_start_token_id": 0}
+        model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, **layers))
+    else:
+        mine = type("Mine", (transformers.LlamaForCausalLM,), {})
+        model = llama() if kind == "llama" else mine(llama().config)
+    with torch.no_grad():
+        loss = float(model(**batches(tokens(), 16, 1)[0]).loss)
+    objective = MetricObjective(nn.functional.cross_entropy, maximize=False)
+    host, seen = hf(tmp_path, objective, model=model, data=tokens(), max_steps=1, zo_eps=1e-6)
+    host.train()
+    assert seen.values[0] == pytest.approx((loss, loss), rel=1e-4)
+
+
+def test_the_trainers_metrics_get_what_its_evaluation_gets(tmp_path: Path) -> None:
+    """Not shifted, for they do it themselves, and all outputs."""
+    asked: list[tuple[int, ...]] = []
+
+    def compute_metrics(evaluated: Any) -> dict[str, float]:
+        asked.append(evaluated.predictions.shape)
+        return {"right": float((evaluated.predictions[:, :-1].argmax(-1) == evaluated.label_ids[:, 1:]).mean())}
+
+    own = {"compute_metrics": compute_metrics, "model": llama(), "data": tokens(16), "learning_rate": 1e-12, "max_steps": 1}
+    host, seen = hf(tmp_path, MetricObjective("compute_metrics", key="right"), eval_dataset=tokens(16), zo_eps=1e-7, **own)
+    host.train()
+    found = host.evaluate()["eval_right"]
+    assert set(asked) == {(16, 8, 32)}
+    assert seen.values[0] == pytest.approx((-found, -found))
+
+
+def test_a_source_runs_in_training_mode_and_in_the_hosts_precision(tmp_path: Path) -> None:
+    modes: list[tuple[bool, bool]] = []
+
+    def source(model: Any, batch: Any) -> float:
+        batch.pop("labels")  # what it takes out is there at the next point
+        modes.append((model.training, torch.is_autocast_enabled("cpu")))
+        return float(model(**batch).logits.float().mean())
+
+    own = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": texts(), "max_steps": 3, "bf16": True}
+    hf(tmp_path, MetricObjective(source=source), **own)[0].train()
+    assert modes == [(True, True)] * 6
+    modes.clear()
+
+    def lightning_source(own: Any, batch: Any) -> float:
+        modes.append((own.training, torch.is_autocast_enabled("cpu")))
+        return float(own.answers(batch)["preds"].float().mean())
+
+    fit(tmp_path, MetricObjective(source=lightning_source), precision="bf16-mixed", max_epochs=1)
+    assert modes == [(True, True)] * 8
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    from zo_lightning.hf_integration import ZOTrainer
+
+    class Whole(ZOTrainer):
+        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+            return super().training_step(model, inputs, num_items_in_batch)
+
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+            found = model(**inputs)
+            return (found.loss, found.logits) if return_outputs else found.loss
+
+    f1 = lambda: MetricObjective(MulticlassF1Score(**F1))  # noqa: E731
+    plain, bare = hf(tmp_path, f1()), hf(tmp_path, f1(), kind=Whole)  # which returns logits alone
+    for host, _ in (plain, bare):
+        host.train()
+    assert plain[1].values == bare[1].values
+    with pytest.raises(ValueError, match=r"needs labels: the batch has .*'input_ids'.*label_names=\['truth'\]"):
+        hf(tmp_path, f1(), label_names=["truth"])[0].train()
+    for option, value in (("batch_eval_metrics", True), ("include_for_metrics", ["inputs"])):
+        given = {option: value, "compute_metrics": lambda evaluated, compute_result=True: {"a": 1.0}}
+        with pytest.raises(ValueError, match=f"{option}=.*Leave {option} out"):
+            hf(tmp_path, MetricObjective("compute_metrics", key="a"), **given)[0].train()
+    with pytest.raises(ValueError, match="tokenizer= does nothing for 'compute_metrics'"):
+        MetricObjective("compute_metrics", tokenizer=tokenizer())
+    with pytest.raises(TypeError, match="tokenizer='gpt2' is not a tokenizer"):
+        MetricObjective(lambda preds, target: 1.0, tokenizer="gpt2")
+
+
 def test_a_subclass_with_its_own_loss_is_asked_for_outputs(tmp_path: Path) -> None:
     from zo_lightning.hf_integration import ZOTrainer
 
@@ -166,6 +253,9 @@ def test_a_subclass_with_its_own_loss_is_asked_for_outputs(tmp_path: Path) -> No
     host, seen = hf(tmp_path, MetricObjective(MulticlassF1Score(**F1)), kind=Doubled)
     host.train()
     assert seen.values == values
+    with_source, _ = hf(tmp_path, MetricObjective(source=lambda model, batch: 1.0, loss_weight=1.0), kind=Silent)
+    with_source.train()
+    assert losses(with_source)[0] > 0.1
     with pytest.raises(ValueError, match=r"Silent\.compute_loss\(return_outputs=True\) returned Tensor"):
         hf(tmp_path, MetricObjective(MulticlassF1Score(**F1)), kind=Silent)[0].train()
 

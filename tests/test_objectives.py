@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchmetrics
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torchmetrics.classification import BinaryAccuracy, BinaryF1Score, MulticlassF1Score
 
-from zo_lightning.engine import SPSA, ZOOptimizer
+from zo_lightning.engine import SPSA, Safeguard, ZOOptimizer
 from zo_lightning.engine.objectives import Objective, Ramp, Score
 
 EPS = 0.3
@@ -46,7 +47,7 @@ def train(
     objective: Objective | None, steps: int = 6, micro_batches: int = 1, **options: Any
 ) -> tuple[Any, ZOOptimizer, list[tuple[float, ...]]]:
     model = mlp()
-    optimizer = ZOOptimizer(model, lr=0.5, eps=EPS, objective=objective, **options)
+    optimizer = ZOOptimizer(model, lr=options.pop("lr_of", 0.5), eps=EPS, objective=objective, **options)
     x, y = binary()
     seen = []
     for _ in range(steps):
@@ -189,10 +190,15 @@ def test_padding_is_left_out_of_token_predictions() -> None:
 
 # ---- what goes wrong
 
+
+def hard(preds: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    return (preds > 0.5).long(), target
+
+
 MISTAKES: dict[str, tuple[Callable[[], Objective], str]] = {
     "a dict without a key": (lambda: Score(lambda preds, target: {"f1": 0.5, "em": 0.1}), r"returns 'f1', 'em'\. Choose one: key='f1'"),
     "a key that is not there": (lambda: Score(lambda preds, target: {"f1": 0.5}, key="f2"), r"key is 'f2'"),
-    "a vector without an index": (lambda: Score(MulticlassF1Score(2, average=None)), r"returns \(2,\) numbers\. Choose one, key=0"),
+    "a vector without an index": (lambda: Score(MulticlassF1Score(2, average=None)), r"returns 2 numbers\. Choose one, key=0"),
     "a key of one number": (lambda: Score(f1, key="f1"), r"key='f1' is given, and f1\[f1\] returns one number"),
     "a text": (lambda: Score(lambda preds, target: "good"), r"must give one number, and gave str: 'good'"),
     "nothing": (lambda: Score(lambda preds, target: None), r"must give one number, and gave NoneType"),
@@ -201,7 +207,11 @@ MISTAKES: dict[str, tuple[Callable[[], Objective], str]] = {
         r".",
     ),
     "a metric that raises": (lambda: Score(lambda preds, target: 1 // 0), r"division"),
-    "a preprocess of another kind": (lambda: Score(f1, preprocess=lambda preds: preds), r"must take \(preds, target\)"),
+    "a preprocess that returns one thing": (lambda: Score(f1, preprocess=lambda preds, target: preds), r"returned Tensor: tensor\("),
+    "an index too far": (
+        lambda: Score(MulticlassF1Score(2, average=None), key=5, maximize=True, preprocess=hard),
+        r"key=5 is not one of the 2",
+    ),
     "a source that is no method": (lambda: Score(f1, source="judge"), r"source='judge' is not a method of Sequential"),
     "a source without predictions": (lambda: Score(f1, source=lambda module, batch: 1.0), r"needs 'preds' and 'target'"),
     "the host's metric without a host": (lambda: Score("compute_metrics"), r"is the Hugging Face Trainer's"),
@@ -218,7 +228,7 @@ def test_an_error_of_the_metric_leaves_the_weights_and_the_run_goes_on(case: str
     x, y = binary()
     optimizer = ZOOptimizer(model, lr=0.5, eps=EPS, weights=weights, objective=make())
     with pytest.raises(Exception, match=message):
-        optimizer.step(lambda: answers(model, x, y))
+        optimizer.step(lambda: answers(model, x, y), batch=(x, y))
     if weights == "inplace":
         assert all(float((p - before[name]).abs().max()) < 1e-12 for name, p in model.state_dict().items())
     else:
@@ -238,6 +248,13 @@ def test_an_error_of_the_metric_leaves_the_weights_and_the_run_goes_on(case: str
         (lambda: Score(f1, maximize="yes"), "Invalid maximize"),
         (lambda: Score(f1, source=3), "source=3"),
         (lambda: Score(f1, preprocess=3), "preprocess=3"),
+        (lambda: Score(f1, preprocess=lambda preds: preds), r"is not a callable \(preds, target\)"),
+        (lambda: Score(f1, key=1.5), "Invalid key: 1.5"),
+        (lambda: Score(f1, key=True), "Invalid key: True"),
+        (lambda: Score(f1, ignore_index="x"), "Invalid ignore_index: 'x'"),
+        (lambda: Score(f1, shift=1), "Invalid shift: 1"),
+        (lambda: Score(torchmetrics.PearsonCorrCoef()), r"PearsonCorrCoef does not say whether more of it is better\. Say maximize="),
+        (lambda: Score(torchmetrics.MeanSquaredError() * 2), "does not say whether more of it is better"),
         (lambda: Score(f1, loss_weight=-1.0), "Invalid loss_weight"),
         (lambda: Score(f1, weight=math.nan), "Invalid weight"),
         (lambda: Ramp(1.0, -1.0, 3), "Ramp end"),
@@ -256,6 +273,116 @@ def test_a_closure_without_predictions_or_loss_is_told_what_is_missing() -> None
         ZOOptimizer(model, objective=Score(f1)).step(lambda: model(binary()[0]).mean())
     with pytest.raises(ValueError, match=r"loss_weight=0\.5 needs the loss, and the closure returned only 'preds', 'target'"):
         ZOOptimizer(model, objective=Score(f1, loss_weight=0.5)).step(lambda: {"preds": torch.ones(2), "target": torch.ones(2)})
+
+
+def test_wrapped_metrics_keep_their_direction() -> None:
+    error = torchmetrics.MeanSquaredError
+    for metric, key in (
+        (torchmetrics.MinMaxMetric(error()), "raw"),
+        (torchmetrics.MultioutputWrapper(error(), 2), 0),
+        (torchmetrics.MetricCollection({"a": error(), "b": BinaryAccuracy()}), "a"),
+        (torchmetrics.MetricCollection([error()]), None),
+    ):
+        assert not Score(metric, key=key).maximize
+    assert Score(torchmetrics.MetricCollection({"a": error(), "b": BinaryAccuracy()}), key="b").maximize
+    assert Score(error(), maximize=True).maximize
+
+
+def test_tuples_and_arrays_of_micro_batches_are_joined() -> None:
+    """As the start and end scores of a question's answer, or what sklearn's functions take."""
+    asked = []
+
+    def seen(preds: Any, target: Any) -> float:
+        asked.append((preds, target))
+        return 1.0
+
+    def parts(preds: Tensor, target: Tensor) -> tuple[Any, Any]:
+        return (preds, {"doubled": 2 * preds.numpy()}), target.numpy()
+
+    train(Score(seen, preprocess=parts), steps=1, micro_batches=4)
+    train(Score(seen, preprocess=parts), steps=1)
+    (preds, more), target = asked[0]
+    assert preds.shape == (16,)
+    assert isinstance(target, np.ndarray)
+    assert (more["doubled"] == 2 * preds.numpy()).all()
+    assert all(np.allclose(a, b) for a, b in zip((preds, target), (asked[2][0][0], asked[2][1]), strict=True))
+
+
+def test_shapes_that_are_no_tokens_stay_as_they_are() -> None:
+    score, draw = Score(f1), torch.Generator().manual_seed(0)
+    labels = torch.randint(2, (6, 3), generator=draw)
+    for preds in (torch.rand(6, 3, generator=draw), labels):
+        same_preds, target = score.observe({"preds": preds, "target": labels}, None, None)
+        assert same_preds.shape == target.shape == (6, 3)
+    preds, target = score.observe({"preds": torch.rand(6, 4), "target": torch.tensor([0, 1, -100, 2, 3, -100])}, None, None)
+    assert preds.shape == (4, 4)
+    assert target.tolist() == [0, 1, 2, 3]
+
+
+def test_micro_batches_of_nothing_but_padding() -> None:
+    model, x = mlp(), binary()[0]
+    optimizer = ZOOptimizer(model, eps=EPS, objective=Score(MulticlassF1Score(2)))
+    logits = lambda: torch.cat([-model(x), model(x)], 1)  # noqa: E731
+    nothing, labels = torch.full((16,), -100), binary()[1]
+    optimizer.estimate(lambda: {"preds": logits(), "target": nothing})
+    optimizer.estimate(lambda: {"preds": logits(), "target": labels})
+    report = optimizer.apply()
+    assert report is not None
+    assert not report.skipped
+    optimizer.step(lambda: {"preds": logits(), "target": nothing})
+    assert optimizer.skipped_steps == 1
+
+
+def test_metrics_that_draw_draw_the_same_at_every_point() -> None:
+    before = torch.get_rng_state()
+    drawn = Score(lambda preds, target: float(torch.rand(())), maximize=True)
+    _, optimizer, seen = train(drawn, steps=3)
+    assert all(plus == minus for plus, minus in seen)
+    assert len({plus for plus, _ in seen}) == 3
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    optimizer.step(lambda: answers(optimizer.module, *binary()))
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.set_rng_state(before)
+
+
+def test_a_source_is_asked_in_a_plain_loop_and_can_take_the_batch_apart() -> None:
+    calls = []
+
+    def source(module: Any, batch: dict[str, Tensor]) -> float:
+        labels = batch.pop("y")
+        return float(((module(batch["x"])[:, 0] > 0) == labels.bool()).double().mean())
+
+    model, (x, y) = mlp(), binary()
+    optimizer = ZOOptimizer(model, lr=0.5, eps=EPS, objective=Score(source=source))
+    optimizer.step(lambda: calls.append(1), batch={"x": x, "y": y})
+    assert calls == []
+    assert optimizer.steps == 1
+    with pytest.raises(ValueError, match=r"asked for the batch, and there is none\. Pass it: step\(closure, batch=batch\)"):
+        optimizer.step(dict)
+
+
+def test_the_safeguard_does_not_judge_a_changing_objective() -> None:
+    changing = Score(f1, loss_weight=Ramp(0.0, 3.0, 40), weight=Ramp(1.0, 0.0, 40))
+    _, optimizer, _ = train(changing, steps=60, lr_of=1e-9, safeguard=Safeguard(window=10))
+    assert optimizer.steps == 60
+
+
+def test_states_of_windows_without_samples() -> None:
+    model = mlp()
+    plain = ZOOptimizer(model, eps=EPS)
+    plain.estimate(lambda: answers(model, *binary())["loss"])
+    state = plain.state_dict()
+    other = ZOOptimizer(mlp(), eps=EPS, objective=Score(f1))
+    other.load_state_dict(state)
+    with pytest.raises(ValueError, match="measured by a run without this objective"):
+        other.apply()
+    assert "samples" not in state["zo"]["window"]  # as states from before there were objectives
+    measured = ZOOptimizer(model, eps=EPS, objective=Score(f1))
+    measured.estimate(lambda: answers(model, *binary()))
+    kept = measured.state_dict()["zo"]["window"]["samples"]
+    measured.estimate(lambda: answers(model, *binary()))
+    assert [len(own) for own in kept] == [1, 1]
 
 
 def test_a_value_that_is_not_a_number_skips_the_step() -> None:

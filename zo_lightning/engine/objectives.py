@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from zo_lightning.engine.messages import check_number
+from zo_lightning.engine.randomness import host_state
 
 if TYPE_CHECKING:
     from zo_lightning.engine.parallel import Exchange
@@ -71,10 +72,19 @@ class Objective(ABC):
             )
         return output["loss"]
 
-    def values(self, step: int, losses: Sequence[float], samples: Sequence[Sequence[Any]]) -> tuple[list[float], list[float]]:
-        """(value, score) of every point."""
-        scores = [self.score(own) for own in samples]
-        of_loss, of_score = scheduled("loss_weight", self.loss_weight, step), scheduled("weight", self.weight, step)
+    def weights_at(self, step: int) -> tuple[float, float]:
+        """(loss_weight, weight) at a step."""
+        return scheduled("loss_weight", self.loss_weight, step), scheduled("weight", self.weight, step)
+
+    def values(
+        self, step: int, losses: Sequence[float], samples: Sequence[Sequence[Any]], begin: Callable[[], None] = lambda: None
+    ) -> tuple[list[float], list[float]]:
+        """(value, score) of every point; `begin` is called before each score."""
+        scores = []
+        for own in samples:
+            begin()
+            scores.append(self.score(own))
+        of_loss, of_score = self.weights_at(step)
         signed = -of_score if self.maximize else of_score
         both = zip(losses, scores, strict=True)
         return [(of_loss * loss if of_loss else 0.0) + (signed * score if signed else 0.0) for loss, score in both], scores
@@ -120,8 +130,9 @@ class Score(Objective):
             metric, a number.
         preprocess: (preds, target) -> (preds, target), called under each perturbation. What it returns is kept until the update and travels
             between ranks, so it should be small.
-        ignore_index: elements of integer targets with this value are left out, and so are their predictions; predictions (..., classes) of
-            targets (...) become (elements, classes). None: metrics get both as they are.
+        ignore_index: elements of integer targets with this value are left out, and so are their predictions. Scores (N, L, classes) of
+            targets (N, L) always become (elements, classes) and (elements,). None: metrics get both as they are.
+        shift: whether scores belong to the next token, where the host has a language model; None: it knows most of them by their classes.
         loss_weight, weight: numbers >= 0, or functions of the step such as a `Ramp`.
 
     Raises TypeError or ValueError for other arguments; in a step, ValueError where there are no predictions, or not one number.
@@ -136,6 +147,7 @@ class Score(Objective):
         source: str | Callable[[nn.Module, Any], Any] | None = None,
         preprocess: Callable[[Any, Any], tuple[Any, Any]] | None = None,
         ignore_index: int | None = -100,
+        shift: bool | None = None,
         loss_weight: Scheduled = 0.0,
         weight: Scheduled = 1.0,
     ) -> None:
@@ -149,13 +161,17 @@ class Score(Objective):
             raise ValueError(f"Invalid maximize: {maximize!r}. Must be True, False, or None (what the metric says).")
         if source is not None and not (isinstance(source, str) or callable(source)):
             raise TypeError(f"source={source!r} is neither the name of a method nor a callable (module, batch).")
-        if preprocess is not None and not callable(preprocess):
+        if preprocess is not None and not takes_two(preprocess):
             raise TypeError(f"preprocess={preprocess!r} is not a callable (preds, target) -> (preds, target).")
+        for option, value, kinds in (("key", key, (str, int)), ("ignore_index", ignore_index, (int,)), ("shift", shift, (bool,))):
+            if value is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
+                allowed = " or ".join(kind.__name__ for kind in kinds)
+                raise ValueError(f"Invalid {option}: {value!r}. Must be None or of type {allowed}.")
         for name, given in (("loss_weight", loss_weight), ("weight", weight)):
             if not callable(given):
                 check_number(name, given, ">= 0, or a function of the step", lambda x: x >= 0)
         self.metric = fresh(metric) if is_metric(metric) else metric
-        self.key, self.source, self.preprocess, self.ignore_index = key, source, preprocess, ignore_index
+        self.key, self.source, self.preprocess, self.ignore_index, self.shift = key, source, preprocess, ignore_index, shift
         self.maximize = higher(metric, key) if maximize is None else maximize
         self.loss_weight, self.weight = loss_weight, weight
 
@@ -173,10 +189,10 @@ class Score(Objective):
             return number(found, self._from())
         preds, target = without(self.ignore_index, *self._pair(found))
         if self.preprocess is not None:
-            try:
-                preds, target = self.preprocess(preds, target)
-            except TypeError as error:
-                raise TypeError(f"preprocess={self.preprocess!r} must take (preds, target) and return both: {error}") from error
+            both = self.preprocess(preds, target)
+            if not (isinstance(both, tuple) and len(both) == 2):
+                raise ValueError(f"preprocess must return the pair (preds, target), and returned {type(both).__name__}: {_short(both)}.")
+            preds, target = both
         return tree_map(kept, (preds, target))
 
     def score(self, samples: Sequence[Any]) -> float:
@@ -184,12 +200,15 @@ class Score(Objective):
             return math.fsum(samples) / len(samples)
         if is_hosts(self.metric):
             raise ValueError(f"{HOSTS_OWN!r} is the Hugging Face Trainer's. Here, give the metric itself.")
+        full = [sample for sample in samples if not _empty(sample)]
+        if not full:
+            return math.nan  # nothing but padding
         if not is_metric(self.metric):
-            preds, target = (joined([sample[i] for sample in samples]) for i in (0, 1))
+            preds, target = restored(tuple(joined([sample[i] for sample in full]) for i in (0, 1)))
             return number(self._chosen(self.metric(preds, target)), self.name)
         try:
-            for preds, target in samples:
-                self.metric.update(preds, target)
+            for sample in full:
+                self.metric.update(*restored(sample))
             return number(self._chosen(self.metric.compute()), self.name)
         finally:
             self.metric.reset()
@@ -200,6 +219,9 @@ class Score(Objective):
     def _ask(self, module: nn.Module | None, batch: Any) -> Any:
         if module is None:
             raise ValueError(f"{self._from()} needs the module. Pass it: ZOOptimizer(module, ...) or ZOOptimizer(params, module=module).")
+        if batch is None:
+            raise ValueError(f"{self._from()} is asked for the batch, and there is none. Pass it: step(closure, batch=batch).")
+        batch = copy.copy(batch)  # whatever a source takes out of it is there at the next point
         if callable(self.source):
             return self.source(module, batch)
         method = getattr(module, str(self.source), None)
@@ -210,8 +232,8 @@ class Score(Objective):
     def _pair(self, found: Any) -> tuple[Any, Any]:
         if isinstance(found, Mapping) and {"preds", "target"} <= found.keys():
             return found["preds"], found["target"]
-        if self.source is not None and isinstance(found, tuple) and len(found) == 2:
-            return found
+        if self.source is not None and isinstance(found, (tuple, list)) and len(found) == 2:
+            return found[0], found[1]
         has = f"a mapping with {_names(found)}" if isinstance(found, Mapping) else type(found).__name__
         raise ValueError(f"{self.name} needs 'preds' and 'target', and {self._from()} is {has}. Return {{'preds': ..., 'target': ...}}.")
 
@@ -222,11 +244,18 @@ class Score(Objective):
                     f"{self.name} returns {_names(result)}. Choose one: key={next(iter(result), '...')!r}; key is {self.key!r}."
                 )
             return result[self.key]
-        many = result.numel() > 1 if isinstance(result, Tensor) else isinstance(result, (list, tuple)) or getattr(result, "ndim", 0) > 0
-        if many and not isinstance(self.key, int):
-            shape = tuple(result.shape) if hasattr(result, "shape") else (len(result),)
-            raise ValueError(f"{self.name} returns {shape} numbers. Choose one, key=0, or average them (torchmetrics: average='macro').")
-        if many:
+        count = (
+            result.numel()
+            if isinstance(result, Tensor)
+            else len(result)
+            if isinstance(result, (list, tuple))
+            else getattr(result, "size", 1)
+        )
+        if count > 1 and not isinstance(self.key, int):
+            raise ValueError(f"{self.name} returns {count} numbers. Choose one, key=0, or average them (torchmetrics: average='macro').")
+        if count > 1 and isinstance(self.key, int):
+            if not -len(result) <= self.key < len(result):
+                raise ValueError(f"key={self.key} is not one of the {len(result)} numbers that {self.name} returns.")
             return result[self.key]
         if self.key is not None:
             raise ValueError(f"key={self.key!r} is given, and {self.name} returns one number. Leave key out.")
@@ -234,16 +263,19 @@ class Score(Objective):
 
 
 def measured(
-    objective: Objective, exchange: Exchange, step: int, losses: Sequence[float], samples: Samples
+    objective: Objective, exchange: Exchange, step: int, losses: Sequence[float], samples: Samples, seed: int
 ) -> tuple[list[float], list[float]]:
     """(value, score) of every point, from the samples that each rank has of each point; what fails on rank 0 fails on all."""
-    ranks = exchange.gather(samples)
+    ranks = exchange.collect(samples)
     outcome: tuple[Any, str] = (None, "")
     failed: Exception | None = None
     if exchange.rank == 0:
         try:
             points = [[sample for own in ranks for sample in own[i]] for i in range(len(losses))]
-            outcome = (objective.values(step, losses, points), "")
+            if not points[0]:
+                raise ValueError("The micro-batches of this step were measured by a run without this objective. Resume between two steps.")
+            with host_state(set()) as host:  # metrics that draw (bootstraps) draw the same at every point, and nobody else notices
+                outcome = (objective.values(step, losses, points, lambda: host.seed(seed)), "")
         except Exception as error:  # the user's metric: all ranks have to stop
             failed, outcome = error, (None, f"{type(error).__name__}: {error}")
     found, why = exchange.share(outcome)
@@ -277,37 +309,86 @@ def fresh(metric: Any) -> Any:
 
 
 def higher(metric: Any, key: str | int | None) -> bool:
-    """Whether more is better: what a torchmetrics Metric says, else True."""
-    of = metric
-    if isinstance(metric, Mapping) or hasattr(metric, "items"):
-        of = next((one for name, one in metric.items() if name == key), None)
-    return getattr(of, "higher_is_better", None) is not False
+    """Whether more is better: what a torchmetrics Metric says, or those that it wraps; True for callables. ValueError where nobody says."""
+    if not is_metric(metric):
+        return True
+    collection: list[tuple[str, Any]] = list(metric.items()) if hasattr(metric, "items") else [("", metric)]
+    parts = [one for name, one in collection if name == key] or [one for _, one in collection]
+    said = {_direction(part) for part in parts}
+    if len(said) != 1 or None in said:
+        raise ValueError(f"{type(metric).__name__} does not say whether more of it is better. Say maximize=True or maximize=False.")
+    return bool(said.pop())
+
+
+def _direction(metric: Any) -> bool | None:
+    """That of a Metric, or, where it has none of its own, what all metrics inside of it say."""
+    own = getattr(metric, "higher_is_better", None)
+    if own is not None or hasattr(metric, "metric_a"):  # sums and products of metrics have none
+        return own
+    inside: list[Any] = list(metric.modules()) if isinstance(metric, nn.Module) else []
+    said = {part.higher_is_better for part in inside if part is not metric and hasattr(part, "higher_is_better")}
+    return said.pop() if len(said) == 1 else None
+
+
+def takes_two(function: Any) -> bool:
+    """Whether it can be called with two arguments, as far as its signature tells."""
+    try:
+        inspect.signature(function).bind(None, None)
+    except TypeError:
+        return False
+    except ValueError:  # builtins have no signature
+        pass
+    return callable(function)
 
 
 def without(index: int | None, preds: Any, target: Any) -> tuple[Any, Any]:
-    """Predictions and integer targets, of one shape or with classes as last dimension of `preds`, where the target is not `index`."""
+    """Predictions and integer targets where the target is not `index`; scores (..., classes) of several dimensions become (n, classes)."""
     both = isinstance(preds, Tensor) and isinstance(target, Tensor)
-    if index is None or not both or target.is_floating_point() or target.dim() < 1 or preds.shape[: target.dim()] != target.shape:
+    if index is None or not both or target.is_floating_point() or not target.dim() or preds.shape[: target.dim()] != target.shape:
         return preds, target
     valid = target != index
-    if target.dim() == 1 and bool(valid.all()):
+    scores = preds.is_floating_point() and preds.dim() == target.dim() + 1
+    if bool(valid.all()) and not (scores and target.dim() > 1):
         return preds, target
     return preds[valid], target[valid]
 
 
+NUMPY = "numpy"
+"""The key under which a sample holds an array, as a tensor: checkpoints are read without unpickling objects."""
+
+
 def kept(value: Any) -> Any:
-    """For a sample: tensors on the CPU, in memory of their own."""
-    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+    """For a sample: tensors and arrays on the CPU, in memory of their own."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if type(value).__module__ == "numpy" and hasattr(value, "__array__"):
+        return {NUMPY: torch.from_numpy(value.copy())} if value.dtype.kind in "biuf" and value.ndim else value.tolist()
+    return value
+
+
+def restored(sample: Any) -> Any:
+    """The arrays of a sample again."""
+    return tree_map(lambda part: part[NUMPY].numpy() if _is_array(part) else part, sample, is_leaf=_is_array)
+
+
+def _is_array(part: Any) -> bool:
+    return isinstance(part, dict) and part.keys() == {NUMPY}
+
+
+def _empty(sample: tuple[Any, Any]) -> bool:
+    return isinstance(sample[1], Tensor) and sample[1].numel() == 0
 
 
 def joined(parts: Sequence[Any]) -> Any:
-    """Micro-batches one after the other: tensors along the first dimension, sequences as one list, and what is inside of mappings."""
+    """Micro-batches one after the other: tensors along the first dimension, lists as one list, also inside of tuples and mappings."""
     first = parts[0]
     if isinstance(first, Tensor):
         return torch.cat(list(parts)) if first.dim() else torch.stack(list(parts))
     if isinstance(first, Mapping):
         return {name: joined([part[name] for part in parts]) for name in first}
-    if isinstance(first, (list, tuple)):
+    if isinstance(first, tuple):
+        return tuple(joined(own) for own in zip(*parts, strict=True))
+    if isinstance(first, list):
         return [item for part in parts for item in part]
     return list(parts)
 

@@ -209,16 +209,17 @@ class ZOOptimizer(torch.optim.Optimizer):
         loss_of: Callable[[Any], Any] = lambda output: output,
         remember: Remember | None = None,
         batch: Any = None,
+        surroundings: Muted = nullcontext,
     ) -> Estimate:
         """Evaluate one micro-batch at all points of this step and add weight * loss of each to the window.
 
         The weights are unperturbed again on return, also after an exception. Evaluations other than the first run inside `muted()`.
         `loss_of` takes the loss from what the closure returned; None skips the micro-batch. `remember` tells an `Undo` what Python state
         the closure may change, and `muted()` puts back: evaluations that take turns have a version each. `batch` is for an objective that
-        asks the module itself.
+        asks the module itself, inside `surroundings()` (the host's precision).
         Raises TypeError or ValueError for a loss that is not one real number, RuntimeError where the closure calls backward.
         """
-        return self._estimate(self.residency, closure, weight, muted, loss_of, remember, batch)
+        return self._estimate(self.residency, closure, weight, muted, loss_of, remember, batch, surroundings)
 
     def _estimate(
         self,
@@ -229,6 +230,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         loss_of: Callable[[Any], Any],
         remember: Remember | None,
         batch: Any = None,
+        surroundings: Muted = nullcontext,
     ) -> Estimate:
         began = time.perf_counter()
         plan = self.journal.recall(self.steps, updating=False)
@@ -236,9 +238,14 @@ class ZOOptimizer(torch.optim.Optimizer):
             self._window = self._begin()
         window = self._window
         seed = evaluation_seed(self.seed, self.steps, window.micro_batches, self.exchange.rank)
-        observe = None
+        observe: Callable[[Any], Any] | None = None
         if (objective := self.objective) is not None:
-            loss_of, observe = objective.loss_of, lambda output: objective.observe(output, self.module, batch)
+            loss_of = objective.loss_of
+
+            def observe(output: Any) -> Any:
+                with surroundings():
+                    return objective.observe(output, self.module, batch)
+
         task = Task(closure, window.points, residency, [], seed, muted, loss_of, observe, remember)
         if plan is not None:
             return recall.estimate(plan, self._evaluator, task, window, weight)
@@ -270,7 +277,9 @@ class ZOOptimizer(torch.optim.Optimizer):
         values = self._values(window, plan)
         scores: list[float] = []
         if values is not None and plan is None and self.objective is not None:
-            values, scores = measured(self.objective, self.exchange, self.steps, values, (window or self._new_window()).samples)
+            seed = evaluation_seed(self.seed, self.steps, 0, 0)
+            samples = (window or self._new_window()).samples
+            values, scores = measured(self.objective, self.exchange, self.steps, values, samples, seed)
         if values is None:
             self._check_no_gradients()
             self._idle += 1
@@ -301,14 +310,19 @@ class ZOOptimizer(torch.optim.Optimizer):
         self._keep_count(self.report)
         return self.report
 
-    def step(self, closure: Closure | None = None) -> Tensor | None:  # type: ignore[override]
-        """`estimate(closure)` and `apply()`; the mean of the losses at the points. Without a closure, `apply()` alone."""
+    def step(self, closure: Closure | None = None, *, batch: Any = None) -> Tensor | None:  # type: ignore[override]
+        """`estimate(closure)` and `apply()`; the mean of the losses at the points. Without a closure, `apply()` alone.
+
+        Where the objective asks the module itself and no loss counts, the closure is not called.
+        """
         if closure is None:
             self.apply()
             return None
+        if self.objective is not None and not self.objective.needs_output:
+            closure = dict
         residency = self.residency
         with held(), residency.fused():  # a handler that saves a checkpoint finds the weights before the step or after it
-            loss = self._estimate(residency, closure, 1.0, nullcontext, as_scalar, None).loss
+            loss = self._estimate(residency, closure, 1.0, nullcontext, as_scalar, None, batch).loss
             self.apply()
         return loss
 
@@ -389,8 +403,9 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.skipped_steps += report.skipped
         self._nonfinite_run = self._nonfinite_run + 1 if report.skipped else 0
         if self._nonfinite_run >= self.max_nonfinite:
+            what = "loss" if self.objective is None else f"loss or {self.objective.name}"
             raise FloatingPointError(
-                f"The loss was not finite in {self._nonfinite_run} steps in a row (last: {report.values}); max_nonfinite="
+                f"The {what} was not finite in {self._nonfinite_run} steps in a row (last: {report.values}); max_nonfinite="
                 f"{self.max_nonfinite}. No update was made in them. Lower eps or lr, use bfloat16 or float32, or look at the data."
             )
         self.zero_difference_steps += report.zero_difference
@@ -398,6 +413,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         if self._zero_run == ZERO_STEPS:
             say_once("zero_difference", NO_DIFFERENCE)
         if self.safeguard is not None and not report.skipped:
+            if self.objective is not None and self.objective.weights_at(report.step) != self.objective.weights_at(max(0, report.step - 1)):
+                self.safeguard.restart()
             self.safeguard.watch(report.loss, float(self.param_groups[0]["lr"]), self.usual_lr)
 
     def state_dict(self) -> dict[str, Any]:

@@ -24,8 +24,8 @@ class Exchange:
         """What rank 0 has, on every rank."""
         return value
 
-    def gather(self, value: Any) -> list[Any]:
-        """What each rank has, in their order, on every rank."""
+    def collect(self, value: Any) -> list[Any]:
+        """What each rank has, in their order, on rank 0; an empty list on the others."""
         return [value]
 
 
@@ -53,9 +53,9 @@ class DataParallel(Exchange):
         dist.broadcast_object_list(values, 0, group=self.group, device=self.device)
         return values[0]
 
-    def gather(self, value: Any) -> list[Any]:
-        values = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.group)
+    def collect(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.world_size if self.rank == 0 else []
+        dist.gather_object(value, values if self.rank == 0 else None, group=self.group, group_dst=0)
         return values
 
 

@@ -49,6 +49,10 @@ class Safeguard:
                 f"safeguard={self.action!r} is not known. Use one of {', '.join(map(repr, ACTIONS))}, None, or a Safeguard(...)."
             )
 
+    def restart(self) -> None:
+        """The objective is another one from now on: what was seen of it says nothing."""
+        self._losses, self._start = [], None
+
     def watch(self, loss: float, lr: float, usual_lr: Callable[[], str]) -> None:
         """Take in the loss of one step; `lr` and the usual range are named in the message. Raises DivergenceError with action "stop"."""
         self._losses.append(loss)

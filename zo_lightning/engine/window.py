@@ -35,13 +35,13 @@ class Window:
     def state_dict(self) -> dict[str, Any]:
         """A checkpoint in the middle of an accumulation keeps what was measured so far."""
         totals = None if self.totals is None else torch.stack(self.totals).tolist()
-        return {
+        plain = {
             "points": len(self.points),
             "eps": list(self.eps),
             "micro_batches": self.micro_batches,
             "totals": totals,
-            "samples": self.samples,
         }
+        return {**plain, "samples": [list(own) for own in self.samples]} if any(self.samples) else plain
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned. ValueError where another estimator measured it."""
@@ -51,5 +51,5 @@ class Window:
                 f"{len(self.points)}. Resume with the same estimator (queries), or from a state saved between two steps."
             )
         self.eps, self.micro_batches = list(state["eps"]), state["micro_batches"]
-        self.samples = [list(own) for own in state["samples"]]
+        self.samples = [list(own) for own in state.get("samples", self.samples)]
         self.totals = None if state["totals"] is None else [torch.tensor(x, dtype=torch.float64) for x in state["totals"]]

@@ -168,6 +168,7 @@ class ForwardOnly(Bindable):
             loss_of=ns.loss_of,
             remember=world(state, trainer),
             batch=args[0] if args else None,
+            surroundings=self.precision_plugin.train_step_context,
         )
         if trainer._results or not isinstance(estimate.output, torch.Tensor):
             self._zo_host.engine.leaves_traces()
