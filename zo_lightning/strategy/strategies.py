@@ -11,6 +11,7 @@ import torch.distributed as dist
 from zo_lightning.engine.estimators import Estimator
 from zo_lightning.engine.masks import Mask
 from zo_lightning.engine.noise import Noise
+from zo_lightning.engine.objectives import Objective
 from zo_lightning.engine.options import EngineOptions
 from zo_lightning.engine.parallel import DataParallel, Exchange, broadcast_parameters
 from zo_lightning.engine.safeguard import Safeguard
@@ -35,6 +36,7 @@ class ZOStrategy(ForwardOnly, SingleDeviceStrategy):
         clip: bound on the absolute projected gradient. safeguard: "stop", "halve", "warn", None or a `Safeguard`.
         max_nonfinite: steps with a non-finite loss in a row before FloatingPointError.
         mask: which weights are trained (`engine.masks.Mask`); the callback SparseMask sets it, too.
+        objective: what is minimised instead of the loss (`engine.objectives.Objective`); the callback MetricObjective sets it, too.
         device: None takes the Trainer's. accelerator, checkpoint_io, precision_plugin: as for Lightning's own strategies.
 
     Raises ValueError for options out of range, and Lightning's MisconfigurationException for what can't be trained by forward passes:
@@ -58,13 +60,15 @@ class ZOStrategy(ForwardOnly, SingleDeviceStrategy):
         safeguard: str | Safeguard | None = "stop",
         max_nonfinite: int = 20,
         mask: Mask | None = None,
+        objective: Objective | None = None,
         *,
         device: torch.device | str | None = None,
         accelerator: Any = None,
         checkpoint_io: Any = None,
         precision_plugin: Any = None,
     ) -> None:
-        options = EngineOptions(lr, eps, seed, noise, estimator, weights, weight_decay, dropout, clip, safeguard, max_nonfinite, mask)
+        given = (lr, eps, seed, noise, estimator, weights, weight_decay, dropout, clip, safeguard, max_nonfinite, mask, objective)
+        options = EngineOptions(*given)
         host = {"accelerator": accelerator, "checkpoint_io": checkpoint_io, "precision_plugin": precision_plugin}
         self._zo_device = None if device is None else torch.device(device)
         super().__init__(options, host if device is None else {**host, "device": self._zo_device})
@@ -122,6 +126,7 @@ class ZODDPStrategy(ForwardOnly, DDPStrategy):
         safeguard: str | Safeguard | None = "stop",
         max_nonfinite: int = 20,
         mask: Mask | None = None,
+        objective: Objective | None = None,
         *,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
@@ -131,7 +136,8 @@ class ZODDPStrategy(ForwardOnly, DDPStrategy):
         checkpoint_io: Any = None,
         precision_plugin: Any = None,
     ) -> None:
-        options = EngineOptions(lr, eps, seed, noise, estimator, weights, weight_decay, dropout, clip, safeguard, max_nonfinite, mask)
+        given = (lr, eps, seed, noise, estimator, weights, weight_decay, dropout, clip, safeguard, max_nonfinite, mask, objective)
+        options = EngineOptions(*given)
         self.cluster_environment = cluster_environment
         host = {
             "accelerator": accelerator,
