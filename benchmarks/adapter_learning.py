@@ -13,23 +13,18 @@ widened.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import statistics
-import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import peft
 import torch
 import torch.nn.functional as F
-import transformers
-from learning import Docstrings, train
-from measure import environment, write
+from grid import Grid, follow
+from learning import Docstrings
+from measure import environment
 from minilm import SCALE
 from torch import Tensor, nn
 
@@ -218,14 +213,8 @@ class Backpropagation(torch.optim.AdamW):
         return loss.detach()
 
 
-class _GivenUpError(Exception):
-    pass
-
-
 def learn(job: Job) -> dict[str, Any]:
     """One run: the accuracies on its way."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     torch.manual_seed(job.seed)
     task, kind = Docstrings(job.seed, BATCH), KINDS[job.kind]
     lr = kind.lr * job.factor
@@ -237,26 +226,17 @@ def learn(job: Job) -> dict[str, Any]:
     else:
         optimizer = ZOOptimizer(setup.groups, lr=lr, eps=job.eps, module=setup.model, seed=job.seed, dropout=False, safeguard=None)
     weights = sum(tensor.numel() for group in optimizer.param_groups for tensor in group["params"])
-    curve: list[float] = []
-    seconds: list[float] = []
-    start, began = round(task.accuracy(), 4), time.perf_counter()
-
-    def look(step: int) -> None:
-        nonlocal began
-        seconds.append(time.perf_counter() - began)
-        setup.after(step)
-        if step % job.every == 0 or step == job.steps:
-            curve.append(round(task.accuracy(), 4))
-            if curve[-1] < GIVEN_UP * start:
-                raise _GivenUpError
-        began = time.perf_counter()
-
-    ended = False
-    with contextlib.suppress(_GivenUpError, FloatingPointError):
-        train(task, optimizer, job.steps, look)
-        ended = True
-    result = {**job._asdict(), "lr": lr, "weights": weights, "start": start, "curve": curve}
-    return {**result, "seconds_per_step": round(statistics.median(seconds), 4), "accuracy": curve[-1] if ended else None}
+    run = follow(
+        task,
+        optimizer,
+        job.steps,
+        job.every,
+        measure=lambda: round(task.accuracy(), 4),
+        lost=lambda start, now: now < GIVEN_UP * start,
+        after=setup.after,
+    )
+    result = {**job._asdict(), "lr": lr, "weights": weights, "start": run.start, "curve": run.curve}
+    return {**result, "seconds_per_step": run.seconds_per_step, "accuracy": run.curve[-1] if run.ended else None}
 
 
 def best_factor(runs: Iterable[dict[str, Any]], seed: int) -> float | None:
@@ -320,10 +300,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run, print, and write JSON."""
     options = parse(arguments)
     chosen = {key: value for key, value in vars(options).items() if key != "json"}
-    result: dict[str, Any] = {"environment": {**environment("cpu"), "peft": version("peft")}, "options": chosen, "runs": []}
-    if options.json is not None and options.json.exists():
-        result["runs"] = json.loads(options.json.read_text())["runs"]
-    runs: list[dict[str, Any]] = result["runs"]
+    result = {"environment": {**environment("cpu"), "peft": version("peft")}, "options": chosen}
     first = options.seeds[0]
 
     def job(name: str, factor: float, seed: int) -> Job:
@@ -331,24 +308,15 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         return Job(name, factor, seed, options.steps, options.every, own if own is None or options.eps is None else options.eps)
 
     def of(name: str) -> list[dict[str, Any]]:
-        return [run for run in runs if all(run[key] == getattr(job(name, 1, 0), key) for key in ("kind", "steps", "every", "eps"))]
+        return [run for run in grid.runs if all(run[key] == getattr(job(name, 1, 0), key) for key in ("kind", "steps", "every", "eps"))]
 
-    def make(jobs: list[Job]) -> None:
-        known = {tuple(run[name] for name in Job._fields) for run in runs}
-        for done in as_completed([pool.submit(learn, one) for one in jobs if one not in known]):
-            runs.append(done.result())
-            print(runs[-1], flush=True)
-            write(options.json, {**result, "summary": summary(runs, first)})
-
-    spawn = get_context("spawn")
-    with ProcessPoolExecutor(options.jobs, mp_context=spawn, initializer=torch.set_num_threads, initargs=(options.threads,)) as pool:
-        make([job(name, factor, first) for name in options.only for factor in options.lr_grid])
+    with Grid(learn, lambda runs: summary(runs, first), options.json, result, options.jobs, options.threads) as grid:
+        grid.make([job(name, factor, first) for name in options.only for factor in options.lr_grid])
         best = {name: best_factor(of(name), first) for name in options.only}
-        make([job(name, factor, seed) for seed in options.seeds[1:] for name, factor in best.items() if factor is not None])
-    result["summary"] = summary(runs, first)
-    for row in result["summary"]:
+        grid.make([job(name, factor, seed) for seed in options.seeds[1:] for name, factor in best.items() if factor is not None])
+    for row in grid.result["summary"]:
         print(line(row))
-    return result
+    return grid.result
 
 
 if __name__ == "__main__":

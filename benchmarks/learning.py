@@ -49,23 +49,39 @@ class Docstrings:
         return found
 
 
-@torch.no_grad()
 def accuracy(model: nn.Module, collate: Any, rows: list[dict[str, Any]]) -> float:
     """Share of the texts whose largest logit is their topic's."""
-    right = 0
+    found, labels = answers(model, collate, rows)
+    return int((found == labels).sum()) / len(rows)
+
+
+@torch.no_grad()
+def answers(model: nn.Module, collate: Any, rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+    """(topic with the largest logit, topic) of every text."""
+    found, labels = [], []
     for at in range(0, len(rows), 64):
         batch = collate([dict(row) for row in rows[at : at + 64]])
-        labels = batch.pop("labels")
-        right += int((model(**batch)["logits"].argmax(-1) == labels).sum())
-    return right / len(rows)
+        labels.append(batch.pop("labels"))
+        found.append(model(**batch)["logits"].argmax(-1))
+    return torch.cat(found), torch.cat(labels)
 
 
-def train(run: Docstrings, optimizer: ZOOptimizer, steps: int, after: Callable[[int], None] = lambda step: None) -> None:
-    """`steps` steps, the learning rate of every group decaying from what it is to 0; `after(steps made)`."""
+def train(
+    run: Docstrings,
+    optimizer: ZOOptimizer,
+    steps: int,
+    after: Callable[[int], None] = lambda step: None,
+    output: Callable[[Any], Any] | None = None,
+) -> None:
+    """`steps` steps, the learning rate of every group decaying from what it is to 0; `after(steps made)`.
+
+    `output(batch)` is what the closure returns, the loss unless given.
+    """
+    evaluate = run.loss if output is None else output
     lr = [float(group["lr"]) for group in optimizer.param_groups]
     for step in range(steps):
         for group, first in zip(optimizer.param_groups, lr, strict=True):
             group["lr"] = first * (1 - step / steps)
         batch = run.batch()
-        optimizer.step(lambda batch=batch: run.loss(batch))  # type: ignore[misc]
+        optimizer.step(lambda batch=batch: evaluate(batch))  # type: ignore[misc]
         after(step + 1)

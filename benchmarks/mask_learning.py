@@ -12,20 +12,16 @@ given up. Runs that the JSON file has are kept and not made again, so that grids
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
 import statistics
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-import transformers
-from learning import Docstrings, train
-from measure import environment, write
+from grid import Grid, follow
+from learning import Docstrings
+from measure import environment
 from torch import Tensor
 
 from zo_lightning import ZOOptimizer
@@ -85,33 +81,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-class _GivenUpError(Exception):
-    pass
-
-
 def learn(job: Job) -> dict[str, Any]:
     """One run: the accuracies on its way."""
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     run = Docstrings(job.seed, 64)
     few = [run.collate([run.task.train[row] for row in range(first, first + 64)]) for first in range(0, 4 * 64, 64)]
     mask = MASKS[job.rule](lambda: (run.loss(batch) for batch in few))
     optimizer = ZOOptimizer(run.model, lr=LR, eps=1e-2, mask=mask, seed=job.seed, dropout=False, safeguard=None)
     share = _share(optimizer)
     optimizer.param_groups[0]["lr"] = lr = LR * job.factor / math.sqrt(share)
-    curve = []
-
-    def look(step: int) -> None:
-        if step % job.every == 0 or step == job.steps:
-            curve.append(round(run.accuracy(), 4))
-            if curve[-1] < GIVEN_UP:
-                raise _GivenUpError
-
-    with contextlib.suppress(_GivenUpError, FloatingPointError):
-        train(run, optimizer, job.steps, look)
-    done = optimizer.steps == job.steps
-    return {**job._asdict(), "lr": lr, "share": share, "curve": curve, "accuracy": curve[-1] if done else None}
+    way = follow(run, optimizer, job.steps, job.every, measure=lambda: round(run.accuracy(), 4), lost=lambda start, now: now < GIVEN_UP)
+    return {**job._asdict(), "lr": lr, "share": share, "curve": way.curve, "accuracy": way.curve[-1] if way.ended else None}
 
 
 def _share(optimizer: ZOOptimizer) -> float:
@@ -154,20 +133,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         factors.update({row["rule"]: [row["factor"]] for row in json.loads(options.best.read_text())["summary"] if row["rule"] in factors})
     jobs = [Job(rule, f, seed, options.steps, options.every) for seed in options.seeds for rule in options.rules for f in factors[rule]]
     chosen = {key: value for key, value in vars(options).items() if key not in ("json", "best")}
-    result: dict[str, Any] = {"environment": environment("cpu"), "options": chosen, "runs": []}
-    if options.json is not None and options.json.exists():
-        result["runs"] = json.loads(options.json.read_text())["runs"]
-    known = {tuple(run[name] for name in Job._fields) for run in result["runs"]}
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(learn, job) for job in jobs if job not in known]):
-            result["runs"].append(done.result())
-            print(result["runs"][-1], flush=True)
-            write(options.json, {**result, "summary": summary(result["runs"])})
-    result["summary"] = summary(result["runs"])
-    for row in result["summary"]:
+    with Grid(learn, summary, options.json, {"environment": environment("cpu"), "options": chosen}, options.jobs) as grid:
+        grid.make(jobs)
+    for row in grid.result["summary"]:
         to = "-" if row["steps_to_dense"] is None else row["steps_to_dense"]
         print(f"{row['rule']:36} {row['share']:8.3%}  lr {row['lr']:.1e}  {row['accuracy']:6.1%}  steps to dense's accuracy: {to}")
-    return result
+    return grid.result
 
 
 if __name__ == "__main__":

@@ -14,21 +14,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import json
 import statistics
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from hashlib import blake2b
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import transformers
+from grid import Grid
 from learning import Docstrings, train
-from measure import environment, peak_bytes, write
+from measure import environment, peak_bytes
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerGroup
@@ -78,9 +75,6 @@ def quantized(run: Docstrings, kind: str) -> nn.Module:
 
 def learn(job: Job) -> dict[str, Any]:
     """One run: held-out loss and accuracy on its way, the first before any step."""
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     run = Docstrings(job.seed, 64)
     model = quantized(run, job.kind)
     train_scales(model)
@@ -197,40 +191,28 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run, print, and write JSON. Runs that the file has are kept."""
     options = parse(arguments)
     chosen = {key: value for key, value in vars(options).items() if key != "json"}
-    result: dict[str, Any] = {"environment": environment("cpu") | {"torchao": version("torchao")}, "options": chosen, "runs": []}
-    if options.json is not None and options.json.exists():
-        result |= {key: value for key, value in json.loads(options.json.read_text()).items() if key in ("runs", "memory")}
-    if options.memory:
-        result["memory"] = memory(options.kinds)
-    grid = [
+    result = {"environment": environment("cpu") | {"torchao": version("torchao")}, "options": chosen}
+    points = [
         Job(kind, f, eps, options.seeds[0], options.steps, options.every)
         for kind in options.kinds
         for f in options.factors
         for eps in options.eps
     ]
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        _make(pool, grid, result, options.json)
-        first = {row["kind"]: row for row in summary([run for run in result["runs"] if run["seed"] == options.seeds[0]])}
+    with Grid(learn, summary, options.json, result, options.jobs, kept=["memory"]) as grid:
+        if options.memory:
+            grid.result["memory"] = memory(options.kinds)
+        grid.make(points)
+        first = {row["kind"]: row for row in summary([run for run in grid.runs if run["seed"] == options.seeds[0]])}
         more = [
             Job(kind, row["factor"], row["eps"], seed, options.steps, options.every)
             for kind, row in first.items()
             for seed in options.seeds
         ]
-        _make(pool, more, result, options.json)
-    result["summary"] = summary(result["runs"])
-    write(options.json, result)
-    for row in result["summary"]:
+        grid.make(more)
+    for row in grid.result["summary"]:
         accuracy = f"accuracy {row['accuracy_before']:.1%} -> {row['accuracies']}"
         print(f"{row['kind']:20} lr {LR * row['factor']:.0e}  {accuracy}, loss {row['loss_before']:.4f} -> {row['losses']}")
-    return result
-
-
-def _make(pool: ProcessPoolExecutor, jobs: Sequence[Job], result: dict[str, Any], path: Path | None) -> None:
-    known = {tuple(run[name] for name in Job._fields) for run in result["runs"]}
-    for done in as_completed([pool.submit(learn, job) for job in jobs if job not in known]):
-        result["runs"].append(done.result())
-        print(result["runs"][-1], flush=True)
-        write(path, {**result, "summary": summary(result["runs"])})
+    return grid.result
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ class OfObjective(ZOCallback):
 
     def on_run_start(self, run: Run) -> None:
         self._steps = self._equal = 0
-        self._waiting = Counter()
+        self._waiting, self._sum = Counter(), 0.0
 
     def on_zo_step(self, run: Run, report: StepReport) -> None:
         if not report.skipped:

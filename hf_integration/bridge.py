@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from zo_lightning.callbacks.base import Run, ZOCallback, zo_callbacks
 from zo_lightning.engine import ZOOptimizer
+from zo_lightning.prompts.heads import say_new_heads
 
 if TYPE_CHECKING:
     from zo_lightning.hf_integration.trainer import ZOTrainerMixin
@@ -70,6 +71,8 @@ class ZOBridge(TrainerCallback):
         )
         for listener in self._listeners:
             listener.on_run_start(self._run)
+        if self._run.is_rank_zero:
+            say_new_heads(trainer.model)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report the update that the host has just made."""

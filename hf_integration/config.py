@@ -32,13 +32,21 @@ class ZOArguments:
     )
     zo_seed: int = field(default=0, metadata={"help": "Seed of the directions; independent of seed and data_seed."})
     zo_noise: str = field(default="rademacher", metadata={"help": "Distribution of the directions: rademacher, gaussian."})
-    zo_estimator: str = field(default="spsa", metadata={"help": "How losses become an estimate of the gradient: spsa."})
+    zo_estimator: str = field(default="spsa", metadata={"help": "How losses become an estimate of the gradient: spsa, rank_sgd."})
     zo_queries: int = field(default=1, metadata={"help": "Directions measured per step; two forward passes each."})
+    zo_fitness: str = field(
+        default="values",
+        metadata={"help": "What the losses of a step are made into before the estimate: values (themselves), ranks or z-scores."},
+    )
     zo_weights: str = field(default="auto", metadata={"help": "How perturbed weights come to exist: exact, copy, inplace or auto."})
     zo_dropout: bool = field(default=True, metadata={"help": "False switches the Dropout modules off while the loss is measured."})
     zo_clip: float | None = field(default=None, metadata={"help": "Limit of the projected gradient's absolute value; None does not clip."})
     zo_safeguard: str | None = field(
         default="stop", metadata={"help": "What to do when the loss diverges: stop, halve (the step), or none."}
+    )
+    zo_parallel: str | None = field(
+        default=None,
+        metadata={"help": "How processes share the work: data=4, perturbation=2, data=4,perturbation=2 or seeds=4; None is data."},
     )
     zo_max_nonfinite: int = field(default=20, metadata={"help": "Consecutive steps with a non-finite loss, each skipped, before an error."})
 

@@ -66,11 +66,6 @@ def refuse(args: TrainingArguments) -> None:
             f"optim='zo' does not run under DeepSpeed (deepspeed={args.deepspeed!r}), which owns weights, gradients "
             "and optimizer. Remove it: without gradients and optimizer state the model alone has to fit."
         )
-    if getattr(args, "fsdp", None):
-        raise ValueError(
-            f"optim='zo' does not train sharded weights yet (fsdp={args.fsdp!r}). Remove fsdp; several processes work "
-            "with a full copy of the weights each (torchrun)."
-        )
     parallel = getattr(args, "parallelism_config", None)
     sizes = {name: getattr(parallel, f"{name}_size", 1) for name in ("tp", "cp", "sp")}
     if any(size and size > 1 for size in sizes.values()):

@@ -31,7 +31,7 @@ def observed(trainer: Any, inputs: Mapping[str, Any], objective: Objective) -> I
     The Trainer's compute_loss is asked for its outputs as well, whoever has overridden it. An objective that asks the model itself gets the
     loss alone.
     """
-    if isinstance(objective, Score) and objective.source is not None:
+    if getattr(objective, "source", None) is not None:
         yield lambda loss: {"loss": loss}
         return
     seen: list[Any] = []
@@ -56,6 +56,8 @@ def observed(trainer: Any, inputs: Mapping[str, Any], objective: Objective) -> I
         outputs, labels = seen.pop(), _labels(trainer, inputs)
         if isinstance(objective, TrainerScore):
             return {"loss": loss, "preds": _all(trainer.model, outputs), "target": labels}
+        if not objective.needs_target:
+            return {"loss": loss, "preds": _predictions(trainer.model, outputs)}
         if labels is None:
             raise ValueError(
                 f"{objective.name} needs labels: the batch has {', '.join(map(repr, inputs))}, and label_names={trainer.label_names}. "

@@ -11,7 +11,9 @@ from zo_lightning.engine.messages import choose
 from zo_lightning.engine.options import EngineOptions
 
 PREFIX = "zo_"
-NAMES = (*(f.name for f in dataclasses.fields(EngineOptions) if f.name not in ("mask", "objective")), "queries")
+OF_ESTIMATOR: dict[str, Any] = {"queries": 1, "fitness": "values"}
+"""Options of the estimator that is named, and their defaults."""
+NAMES = (*(f.name for f in dataclasses.fields(EngineOptions) if f.name not in ("mask", "objective")), *OF_ESTIMATOR)
 _TRUE, _FALSE, _NONE = ("true", "1", "yes"), ("false", "0", "no"), ("none", "null", "")
 _READ = {"lr": float, "weight_decay": float, "eps": float, "clip": float, "seed": int, "max_nonfinite": int}
 _READ["queries"] = int
@@ -74,13 +76,21 @@ def engine_options(args: object, keywords: Mapping[str, Any] | None = None, fiel
     if str(getattr(args, "optim", "")) == "zo":
         given.update(read_optim_args(getattr(args, "optim_args", None)))
     given.update(keywords or {})
-    queries = given.pop("queries", 1)
+    own = {name: given.pop(name, default) for name, default in OF_ESTIMATOR.items()}
     estimator = given.get("estimator") or "spsa"
     if isinstance(estimator, str):
         kind: Any = choose("estimator", estimator, ESTIMATORS, "an Estimator")
-        given["estimator"] = kind(queries=queries)
-    elif queries != 1:
-        raise ValueError(f"zo_queries={queries} does nothing beside zo_estimator={estimator!r}: give it to the object.")
+        takes = {field.name for field in dataclasses.fields(kind)}
+        if idle := [name for name in differing(own) if name not in takes]:
+            raise ValueError(f"zo_{idle[0]}={own[idle[0]]!r} does nothing beside zo_estimator={estimator!r}, which has none. Leave it out.")
+        given["estimator"] = kind(**{name: value for name, value in own.items() if name in takes})
+    elif idle := differing(own):
+        raise ValueError(f"zo_{idle[0]}={own[idle[0]]!r} does nothing beside zo_estimator={estimator!r}: give it to the object.")
     options = EngineOptions(**given)
     options.validate()
     return options
+
+
+def differing(own: Mapping[str, Any]) -> list[str]:
+    """The options of an estimator that are not their defaults."""
+    return [name for name, default in OF_ESTIMATOR.items() if own[name] != default]

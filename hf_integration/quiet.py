@@ -6,17 +6,33 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from zo_lightning.engine.undo import Rerun, Undo, nothing, undoing
+from zo_lightning.engine.undo import Rerun, Undo, nothing
 
 _DATA = frozenset({"train_dataset", "eval_dataset"})
 
 
-@contextmanager
-def no_backward(accelerator: object) -> Iterator[None]:
-    """The host's training step runs whole, except for ``accelerator.backward``."""
-    with undoing() as undo:
-        undo.bind(accelerator, backward=nothing)
-        yield
+class NoBackward:
+    """The host's training step runs whole, except for ``accelerator.backward``.
+
+    Evaluations that take turns, block by block, are inside at the same time: the last one that leaves puts everything back.
+    """
+
+    def __init__(self) -> None:
+        self._undo = Undo()
+        self._inside = 0
+
+    @contextmanager
+    def __call__(self, accelerator: object) -> Iterator[None]:
+        """Around one evaluation."""
+        if not self._inside:
+            self._undo.bind(accelerator, backward=nothing)
+        self._inside += 1
+        try:
+            yield
+        finally:
+            self._inside -= 1
+            if not self._inside:
+                self._undo.undo()
 
 
 def rerun(trainer: Any) -> Rerun:

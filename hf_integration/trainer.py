@@ -8,6 +8,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from zo_lightning.callbacks.base import engine_of, zo_callbacks
 from zo_lightning.engine import ZOOptimizer
 from zo_lightning.engine.messages import say_once
 from zo_lightning.engine.options import EngineOptions
-from zo_lightning.engine.parallel import DataParallel, broadcast_parameters
+from zo_lightning.engine.parallel import NOT_SHARDED, UNSET, Exchange, Mesh, Processes, as_mesh, broadcast_parameters
 from zo_lightning.engine.residency import Offload
 from zo_lightning.hf_integration import knobs
 from zo_lightning.hf_integration.bridge import ZOBridge
@@ -31,7 +32,9 @@ from zo_lightning.hf_integration.loss_scale import ignores_items, may_ignore_ite
 from zo_lightning.hf_integration.observed import observed, with_trainers_metrics
 from zo_lightning.hf_integration.options import engine_options, read_fields, take_options
 from zo_lightning.hf_integration.quantized import QuantizedMixin
-from zo_lightning.hf_integration.quiet import no_backward, rerun, unseen
+from zo_lightning.hf_integration.quiet import NoBackward, rerun, unseen
+from zo_lightning.hf_integration.sharded import ShardedMixin, check_sharding
+from zo_lightning.hf_integration.shared_data import of_stream
 
 
 def _as_it_is(loss: Any) -> Any:
@@ -43,7 +46,7 @@ def from_trl(kind: type) -> bool:
     return any(base.__module__.partition(".")[0] == "trl" for base in kind.__mro__)
 
 
-class ZOTrainerMixin(QuantizedMixin):
+class ZOTrainerMixin(QuantizedMixin, ShardedMixin):
     """Put in front of any ``transformers.Trainer``: ``class MyTrainer(ZOTrainerMixin, trl.SFTTrainer)``.
 
     Takes the host's arguments and besides them ``optim="zo"`` (or the name of a first-order optimizer, which then is
@@ -53,7 +56,7 @@ class ZOTrainerMixin(QuantizedMixin):
     scaling for accumulation, autocast, label smoothing, ``compute_loss_func`` and what a subclass adds stay the
     host's. The loss that the host logs is the mean over the points.
 
-    Raises ``ValueError`` under DeepSpeed, FSDP and tensor, context or sequence parallelism, and for options out of
+    Raises ``ValueError`` under DeepSpeed, FSDP 1 and tensor, context or sequence parallelism, and for options out of
     range; ``TypeError`` for a ``zo_`` keyword that does not exist.
     """
 
@@ -68,6 +71,7 @@ class ZOTrainerMixin(QuantizedMixin):
         self._zo_options: EngineOptions | None = None
         self._zo_prepared: ZOOptimizer | None = None
         self._zo_without_items: bool | None = None
+        self._zo_no_backward = NoBackward()
         self._zo_given = [one for value in (*args, *kwargs.values()) if isinstance(value, (list, tuple)) for one in value]
         own = {key: self._zo_arguments(value) for key, value in kwargs.items()}
         super().__init__(*[self._zo_arguments(value) for value in args], **own)
@@ -109,12 +113,14 @@ class ZOTrainerMixin(QuantizedMixin):
         super().create_accelerator_and_postprocess()
         if not self._zo:
             return
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            name = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP"
+        if self.is_deepspeed_enabled:
             raise ValueError(
-                f"optim='zo' does not run under {name}, which the accelerate launcher has switched on. Start the "
+                "optim='zo' does not run under DeepSpeed, which the accelerate launcher has switched on. Start the "
                 "script with torchrun, or with an accelerate configuration without it."
             )
+        check_sharding(self)
+        if self.is_fsdp_enabled:
+            self.accelerator.prepare = functools.partial(self._zo_follow, self.accelerator.prepare)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=False)
         self.accelerator.prepare_model = functools.partial(self._zo_prepare_model, self.accelerator.prepare_model)
@@ -190,7 +196,11 @@ class ZOTrainerMixin(QuantizedMixin):
                 knobs.say_inherited(self.args, options, engine.usual_lr())
             self._zo_bridge.keep_state(engine)
             if self.args.world_size > 1:
-                engine.exchange = DataParallel()
+                if self.is_fsdp_enabled and as_mesh(options.parallel, self.args.world_size).data < self.args.world_size:
+                    raise ValueError(NOT_SHARDED.format(parallel=options.parallel))
+                engine.exchange = Processes(options.parallel, timeout=timedelta(seconds=self.args.ddp_timeout))
+                if options.parallel is None:
+                    say_once("hf.parallel", UNSET.format(world=self.args.world_size, option="zo_parallel"))
                 broadcast_parameters([*self.model.parameters(), *self.model.buffers()])
         return self.optimizer
 
@@ -233,26 +243,25 @@ class ZOTrainerMixin(QuantizedMixin):
             return super().training_step(model, inputs, num_items_in_batch)
         if num_items_in_batch is not None and self._zo_loss_ignores_items(inputs, num_items_in_batch):
             num_items_in_batch = None
-        step = super().training_step
-        with no_backward(self.accelerator):
-            objective = self.zo_optimizer.objective
-            prepared = inputs if objective is None else self._prepare_inputs(inputs)
-            state = rerun(self)
-            with observed(self, prepared, objective) if objective is not None else nullcontext(_as_it_is) as read:
+        step, objective = super().training_step, self.zo_optimizer.objective
+        prepared = inputs if objective is None else self._prepare_inputs(inputs)
+        state = rerun(self)
 
-                def evaluate() -> Any:
-                    if objective is not None and not objective.needs_output:
-                        model.train()  # as the step does that is not made
-                        return {}
-                    return read(step(model, copy.copy(prepared), num_items_in_batch))
+        def evaluate() -> Any:
+            if objective is not None and not objective.needs_output:
+                model.train()  # as the step does that is not made
+                return {}
+            seen = nullcontext(_as_it_is) if objective is None else observed(self, prepared, objective)
+            with self._zo_no_backward(self.accelerator), seen as read:
+                return read(step(model, copy.copy(prepared), num_items_in_batch))
 
-                loss = self.zo_optimizer.estimate(
-                    state.closure(evaluate),
-                    muted=functools.partial(unseen, state, self),
-                    remember=state.remember,
-                    batch=prepared,
-                    surroundings=self._zo_precision,
-                ).loss
+        loss = self.zo_optimizer.estimate(
+            state.closure(evaluate),
+            muted=functools.partial(unseen, state, self),
+            remember=state.remember,
+            batch=prepared,
+            surroundings=self._zo_precision,
+        ).loss
         return torch.as_tensor(loss, dtype=torch.float32).to(self.args.device)
 
     @contextmanager
@@ -283,15 +292,38 @@ class ZOTrainerMixin(QuantizedMixin):
             resume_from_checkpoint = next(known, resume_from_checkpoint)
             self._zo_bridge.resumed = bool(resume_from_checkpoint)
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
+            self._zo_exchange.leave()
+            return result
+        except BaseException as error:
+            self._zo_exchange.fail(error)
+            raise
         finally:
             self._zo_bridge.close()
+
+    @property
+    def _zo_exchange(self) -> Exchange:
+        engine = engine_of(self.optimizer)
+        return Exchange() if engine is None else engine.exchange
+
+    def get_train_dataloader(self) -> Any:
+        """The host's; processes that share the points of a step have the same data."""
+        parallel = self._zo_parallel if self._zo else None
+        if parallel is None or self.args.world_size == 1:
+            return super().get_train_dataloader()
+        with of_stream(self.accelerator, as_mesh(parallel, self.args.world_size)):
+            return super().get_train_dataloader()
+
+    @property
+    def _zo_parallel(self) -> str | Mesh | None:
+        return (self._zo_options or self.zo_options).parallel
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """The host's; the callbacks see before what the script has set."""
         if self._zo and checkpoint is not None:
             self._zo_bridge.resume()
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with self._zo_optimizer_files():
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _init_training_state(
         self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, resume_from_checkpoint: str | None, trial: Any

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-# Before torch and transformers are imported, and for the processes that tests start. Two threads whatever the machine:
-# sums over threads round differently with their number.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Before torch and transformers are imported, and for the processes that tests start. One thread whatever the machine,
+# as in the processes that tests compare with: sums over threads round differently with their number.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # several test processes share the cores
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -15,7 +15,7 @@ from engine_models import Closure, mean_square, mlp, regression, snapshot
 from mask_tools import masks_of
 from torch import Tensor, nn
 
-from zo_lightning.engine import SPSA, DataParallel, ZOOptimizer
+from zo_lightning.engine import SPSA, DataParallel, RankSGD, ZOOptimizer
 from zo_lightning.engine.masks import Mask, Sensitive
 from zo_lightning.engine.parallel import broadcast_parameters
 
@@ -57,6 +57,8 @@ CASES = {
     "skipped on both ranks": Case(spoil=lambda loss: None, at=(2, -1)),
     "no batch on one rank": Case(absent=True),
     "dropout": Case(dropout=0.5),
+    "line search": Case({"estimator": RankSGD(4, search=3), "eps": 0.3}, micro_batches=2, dropout=0.0),
+    "line search, no batch on one rank": Case({"estimator": RankSGD(4, search=3), "eps": 0.3}, absent=True),
     "measured": Case(mask=lambda model, rank: Mask(Sensitive(steps=2), 0.2, refresh=4)),
     "gradients of each rank": Case(mask=by_gradients),
 }

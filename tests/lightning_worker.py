@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning_models import NAMES, Recorder, lightning, lit, loader, loss_of, net, state, trainer
+from ranking_worker import smallest_first
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Sampler
@@ -17,15 +18,30 @@ from torch.utils.data.distributed import DistributedSampler
 from torchmetrics.classification import MulticlassF1Score
 
 from zo_lightning import ZODDPStrategy, ZOStrategy
-from zo_lightning.callbacks import MetricObjective
+from zo_lightning.callbacks import MetricObjective, RankingObjective
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {"batch_size": 4},
     "other namespace": {"batch_size": 4, "name": NAMES[1]},
     "accumulated": {"batch_size": 2, "accumulate_grad_batches": 2},
     "buffers": {"batch_size": 4},
-    "f1": {"batch_size": 2, "accumulate_grad_batches": 2},
+    "f1": {"batch_size": 1, "accumulate_grad_batches": 4},
+    "ranked": {"batch_size": 2, "accumulate_grad_batches": 2},
 }
+
+
+class Oracle:
+    """Notes the shapes of what it is asked, and fails at a step if it is told to."""
+
+    def __init__(self, fails: int | None = None) -> None:
+        self.asked: list[list[tuple[int, ...]]] = []
+        self.fails = fails
+
+    def __call__(self, outputs: list[torch.Tensor]) -> list[int]:
+        if len(self.asked) == self.fails:
+            raise KeyError("who?")
+        self.asked.append([tuple(output.shape) for output in outputs])
+        return smallest_first(outputs)
 
 
 def signs(model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
@@ -40,6 +56,8 @@ def make(case: str, rank: int) -> Any:
 
     class Module(pl_module):  # type: ignore[misc]
         def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if case == "ranked":
+                return {"outputs": self.net(batch[0])}
             loss = super().training_step(batch, batch_idx)
             if case == "f1":
                 return {**signs(self.net, batch), "loss": loss}
@@ -76,12 +94,13 @@ class InLightningsOrder(Sampler[int]):
         return (index for pair in zip(*ranks, strict=True) for index in pair)
 
 
-def host_of(case: str, folder: Path, callbacks: list[Any], **options: Any) -> Any:
+def host_of(case: str, folder: Path, callbacks: list[Any], oracle: Oracle | None = None, **options: Any) -> Any:
     """The Trainer of a case."""
     given = {key: value for key, value in CASES[case].items() if key not in ("name", "batch_size")}
-    if case == "f1":
+    if case in ("f1", "ranked"):
+        objective = MetricObjective(MulticlassF1Score(2)) if case == "f1" else RankingObjective(oracle or Oracle(), samples=4, top=2)
         options["strategy"] = (ZODDPStrategy if "devices" in options else ZOStrategy)(eps=0.3, lr=0.1)
-        callbacks = [MetricObjective(MulticlassF1Score(2)), *callbacks]
+        callbacks = [objective, *callbacks]
     return trainer(folder, CASES[case].get("name", NAMES[0]), callbacks=callbacks, num_sanity_val_steps=0, **given, **options)
 
 
@@ -90,11 +109,12 @@ def fit(case: str, folder: Path, rank: int = 0, path: Path | None = None, **opti
     name, batch_size = CASES[case].get("name", NAMES[0]), CASES[case]["batch_size"] * (1 if "devices" in options else 2)
     module, recorder, ranks = make(case, rank), Recorder(), []
     wrapped: list[bool] = []
+    oracle = Oracle()
     watch = lightning(name).callbacks.LambdaCallback(
         on_train_start=lambda host, module: wrapped.append(isinstance(host.strategy.model, DistributedDataParallel)),
         on_validation_end=lambda host, module: ranks.append(state(module)),
     )
-    host = host_of(case, folder, [recorder, watch], max_epochs=2, **options)
+    host = host_of(case, folder, [recorder, watch], oracle, max_epochs=2, **options)
     data = loader(batch_size, dtype=torch.float64, sampler=None if "devices" in options else InLightningsOrder())
     host.fit(module, data, loader(8, dtype=torch.float64), ckpt_path=path, weights_only=None if path is None else True)
     checkpoint = folder / f"{case}.ckpt"
@@ -107,7 +127,19 @@ def fit(case: str, folder: Path, rank: int = 0, path: Path | None = None, **opti
         "wrapped": wrapped,
         "logged": {key: float(value) for key, value in host.callback_metrics.items()},
         "rank": host.global_rank,
+        "asked": oracle.asked,
     }
+
+
+def stopped(folder: Path, rank: int, **options: Any) -> dict[str, Any]:
+    """What a run ends with whose oracle fails at its third question."""
+    module, recorder = make("ranked", rank), Recorder()
+    host = host_of("ranked", folder, [recorder], Oracle(fails=2), max_steps=4, **options)
+    try:
+        host.fit(module, loader(CASES["ranked"]["batch_size"], dtype=torch.float64))
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}", "steps": len(recorder.reports), "weights": state(module.net)}
+    return {"error": "none"}
 
 
 def resume(case: str, folder: Path, rank: int, **options: Any) -> dict[str, Any]:
@@ -130,6 +162,7 @@ def main(folder: Path) -> None:
         if case != "buffers":
             result["resumed"] = resume(case, folder, rank, **processes)
         torch.save(result, folder / f"{case}.{rank}.pt")
+    torch.save(stopped(folder, rank, **processes), folder / f"stopped.{rank}.pt")
 
 
 if __name__ == "__main__":

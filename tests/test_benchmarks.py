@@ -149,3 +149,27 @@ def test_offload_gpu_runs_on_the_cpu(tier: str, tmp_path: Path) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_offload_gpu_says_that_there_is_none() -> None:
     assert "there is no GPU here. --device cpu" in script("offload_gpu.py").stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("adapter_learning.py", ["--only", "full", "--lr-grid", "1"]),
+        ("mask_learning.py", ["--rules", "vectors", "--factors", "1"]),
+        ("quantized_learning.py", ["--kinds", "int8, a scale a row", "--factors", "1", "--seeds", "0", "--no-memory"]),
+    ],
+)
+def test_what_is_learned_is_written_and_not_made_again(name: str, arguments: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "learned.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / name), *arguments, "--steps", "1", "--every", "1", "--json", str(out)]
+    found = []
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(out.read_text()))
+    (run,) = found[0]["runs"]
+    assert run["steps"] == 1
+    assert 0.3 < run["accuracy"] < 0.7
+    assert found[0]["summary"][0]["accuracy"] == run["accuracy"]
+    assert found[1]["runs"] == [run]

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from reference import noise as reference
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from zo_lightning.engine import Gaussian, Noise, Rademacher, ZOWarning
-from zo_lightning.engine.noise import Item, compiling, gaussian, sweep
+from zo_lightning.engine import SPSA, Gaussian, Noise, Rademacher, ZOOptimizer, ZOWarning, masks
+from zo_lightning.engine.masks import Masks
+from zo_lightning.engine.noise import Item, compiling, gaussian, joins, sweep, sweep_both
 from zo_lightning.engine.noise.compiling import available
 
 NOISES: dict[str, Noise] = {"rademacher": Rademacher(), "gaussian": Gaussian()}
@@ -74,10 +75,9 @@ def test_many_small_tensors_are_compiled_together_to_the_same_bits(
     asked: list[torch.dtype] = []
     together = Rademacher.together
 
-    def counted(self: Rademacher, base: Tensor, *how: Any) -> Tensor | None:
-        found = together(self, base, *how)
-        asked.append(base.dtype) if found is not None else None
-        return found
+    def counted(self: Rademacher, base: Tensor, *how: Any) -> Tensor:
+        asked.append(base.dtype)
+        return together(self, base, *how)
 
     monkeypatch.setattr(Rademacher, "together", counted)
 
@@ -91,6 +91,104 @@ def test_many_small_tensors_are_compiled_together_to_the_same_bits(
     assert len(asked) == (noise == "rademacher") * (1 if odd else 2)  # the last pack has the odd one
     monkeypatch.setattr(SWEEP, "available", lambda device: False)
     assert all(torch.equal(bits(got), bits(expected)) for got, expected in zip(compiled, moved(), strict=True))
+
+
+def small_ones(dtype: torch.dtype) -> list[Tensor]:
+    """As an adapter's factors: none of them large, half of them transposed."""
+    starts = [torch.randn(8, 768).to(dtype) for _ in range(40)]
+    return [start.T if i % 2 else start for i, start in enumerate(starts)]
+
+
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_a_point_and_its_opposite_are_two_sweeps_to_the_same_bits(
+    dtype: torch.dtype, noise: str, compiler: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts = small_ones(dtype)
+
+    def items(sign: float) -> list[Item]:
+        return [Item(torch.zeros_like(start), start, 5 + i, 1.0, (sign * (0.3 + i % 3),)) for i, start in enumerate(starts)]
+
+    one, other = items(1.0), [item.out for item in items(1.0)]
+    fits = noise == "rademacher" and dtype.itemsize > 2  # 16-bit weights are rounded with a dither of each sweep
+    assert joins(starts, NOISES[noise]) == fits
+    assert not joins([*starts, torch.zeros(77, dtype=dtype)], NOISES[noise])
+    assert not joins([*starts, *small_ones(dtype), *small_ones(dtype)], NOISES[noise])
+    if not fits:
+        return
+    sweep_both(one, other, 9, NOISES[noise])
+    monkeypatch.setattr(SWEEP, "available", lambda device: False)
+    for sign, got in ((1.0, [item.out for item in one]), (-1.0, other)):
+        expected = items(sign)
+        sweep(expected, [9], NOISES[noise])
+        assert all(torch.equal(bits(a), bits(b.out)) for a, b in zip(got, expected, strict=True))
+
+
+def factors(dtype: torch.dtype = torch.float32) -> ZOOptimizer:
+    return ZOOptimizer([(str(i), start.requires_grad_()) for i, start in enumerate(small_ones(dtype))], 1e-3, eps=0.1, weights="copy")
+
+
+def squares(optimizer: ZOOptimizer) -> Callable[[], Tensor]:
+    tensors = optimizer.param_groups[0]["params"]
+    return lambda: torch.stack([(tensor * (i + 1)).square().sum() for i, tensor in enumerate(tensors)]).sum() / 1e4
+
+
+@pytest.mark.parametrize("change", ["one query", "two queries", "a mask", "accumulation"])
+def test_steps_of_small_tensors_are_the_eager_ones_bit_for_bit(change: str, compiler: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    both: list[int] = []
+
+    def spy(items: Sequence[Item], *how: Any) -> None:
+        both.append(len(items))
+        sweep_both(items, *how)
+
+    scratch = sys.modules["zo_lightning.engine.residency.scratch"]
+    monkeypatch.setattr(scratch, "sweep_both", spy)
+
+    def run() -> list[Tensor]:
+        torch.manual_seed(0)
+        optimizer = factors()
+        optimizer.estimator = SPSA(2 if change == "two queries" else 1)
+        optimizer.masks = Masks(masks.Mask(masks.Random(), 0.5) if change == "a mask" else None)
+        loss = squares(optimizer)
+        for _ in range(3):
+            for _ in range(1 + (change == "accumulation")):
+                optimizer.estimate(loss)
+            optimizer.apply()
+        return [tensor.detach() for tensor in optimizer.param_groups[0]["params"]]
+
+    compiled = run()
+    assert both == [40] * {"one query": 3, "a mask": 0}.get(change, 6)
+    monkeypatch.setattr(SWEEP, "available", lambda device: False)
+    monkeypatch.setattr(scratch, "available", lambda device: False)
+    assert all(torch.equal(bits(got), bits(expected)) for got, expected in zip(compiled, run(), strict=True))
+
+
+def test_what_was_written_for_the_next_point_is_dropped_with_an_exception(compiler: None) -> None:
+    torch.manual_seed(0)
+    optimizer, undisturbed = factors(), factors()
+    with torch.no_grad():
+        for mine, other in zip(optimizer.param_groups[0]["params"], undisturbed.param_groups[0]["params"], strict=True):
+            other.copy_(mine)
+
+    def fails() -> Tensor:
+        raise ArithmeticError
+
+    optimizer.step(squares(optimizer))
+    undisturbed.step(squares(undisturbed))
+    kept = optimizer.residency.scratch_bytes()  # type: ignore[attr-defined]
+    for _ in range(3):
+        with pytest.raises(ArithmeticError):
+            optimizer.estimate(fails)
+        with torch.no_grad():  # what is ahead would be theirs of before
+            for optimized in (optimizer, undisturbed):
+                for tensor in optimized.param_groups[0]["params"]:
+                    tensor.mul_(1.01)
+        optimizer.step(squares(optimizer))
+        undisturbed.step(squares(undisturbed))
+    assert optimizer.report is not None
+    assert undisturbed.report is not None
+    assert optimizer.report.values == undisturbed.report.values
+    assert optimizer.residency.scratch_bytes() == kept  # type: ignore[attr-defined]
 
 
 @pytest.fixture

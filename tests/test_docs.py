@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hf_tools import tokenizer
 from torch import nn
 
 from zo_lightning.callbacks import ZOMonitor
@@ -52,6 +54,7 @@ def readers_project() -> dict[str, Any]:
         "train_loader": torch.utils.data.DataLoader(data, batch_size=8),
         "model": transformers.BertForSequenceClassification(config),
         "train_dataset": examples,
+        "tokenizer": tokenizer(),
         "net": nn.Linear(4, 2),
         "loss_fn": nn.functional.cross_entropy,
         "batches": [(torch.randn(8, 4), torch.randint(0, 2, (8,))) for _ in range(3)],
@@ -62,11 +65,19 @@ def readers_project() -> dict[str, Any]:
 @pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)], ids=lambda page: page.name)
 def test_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    with socket.socket() as free:  # as torchrun starts one process
+        free.bind(("127.0.0.1", 0))
+        torchrun = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "RANK": "0", "WORLD_SIZE": "1"}
     names = readers_project()
     codes = snippets(page)
     assert codes
     for code in codes:
-        exec(compile(code, f"{page.name}", "exec"), names)
+        with monkeypatch.context() as environment:
+            for name, value in torchrun.items() if "init_process_group" in code else ():
+                environment.setenv(name, value)
+            exec(compile(code, f"{page.name}", "exec"), names)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

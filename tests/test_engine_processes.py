@@ -50,7 +50,9 @@ def test_ranks_end_with_the_same_bits_and_saw_the_same_values(case: str, results
     assert not same(first["start"], first["weights"])
 
 
-@pytest.mark.parametrize("case", ["exact", "copy", "inplace", "queries, decay and Gaussian noise", "accumulated", "measured"])
+@pytest.mark.parametrize(
+    "case", ["exact", "copy", "inplace", "queries, decay and Gaussian noise", "accumulated", "measured", "line search"]
+)
 def test_two_processes_train_what_one_trains_on_the_whole_batch(case: str, results: Results) -> None:
     whole = run(CASES[case], 0, 1)
     assert len(whole["values"]) == STEPS

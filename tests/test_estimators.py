@@ -11,11 +11,12 @@ import pytest
 import torch
 from engine_models import bits, mean_square, mlp, regression
 from reference import noise as reference
-from reference.spsa import Settings, spsa_step
+from reference.spsa import Settings, noise_like, spsa_step
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from zo_lightning.engine import SPSA, Term, UpdateRule, ZOOptimizer
+from zo_lightning.engine.estimators import centred_ranks, z_scores
 from zo_lightning.engine.updates import SGD, GroupSettings
 
 STEPS = 100
@@ -184,3 +185,56 @@ def test_clip_bounds_the_projected_gradient_of_each_query(clip: float | None, co
     decay, got = SGD(clip).step([Term(1, 0.05), Term(2, -0.025)], GroupSettings(lr=0.1, eps=0.01, weight_decay=0.5))
     assert decay == 0.95
     assert got == pytest.approx(coefficients)
+
+
+def test_fitness_written_out() -> None:
+    assert centred_ranks([3.0, -1.0, 10.0, 0.0, 1e9]) == [0.0, -0.5, 0.25, -0.25, 0.5]
+    assert centred_ranks([2.0, 1.0, 2.0, 3.0]) == [0.0, -0.5, 0.0, 0.5]  # equal ones share the mean of their ranks
+    assert centred_ranks([4.0]) == [0.0]
+    assert z_scores([1.0, 3.0]) == [-1.0, 1.0]
+    assert z_scores([5.0, 5.0]) == [0.0, 0.0]
+    assert z_scores([1e200, -1e200]) == pytest.approx([1.0, -1.0])
+    drawn = np.random.default_rng(0).normal(size=50)
+    assert z_scores(drawn.tolist()) == pytest.approx(((drawn - drawn.mean()) / drawn.std()).tolist())
+    assert centred_ranks(drawn.tolist()) == pytest.approx((np.argsort(np.argsort(drawn)) / 49 - 0.5).tolist())
+
+
+@pytest.mark.parametrize("fitness", ["ranks", "z-scores"])
+def test_steps_with_fitness_are_those_of_the_reference_on_shaped_values(fitness: str) -> None:
+    """The estimate is of the shaped values; what is reported are the values."""
+    data, model = regression(), mlp()
+    optimizer = ZOOptimizer(model, lr=1e-4, estimator=SPSA(3, fitness=fitness), weights="copy")
+    theta = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    frame = mlp()
+
+    def loss(weights: dict[str, Tensor]) -> float:
+        return float(mean_square(lambda x: functional_call(frame, weights, (x,)), data)())
+
+    for step in range(5):
+        directions = [noise_like(theta, Settings(1e-4), step, query) for query in range(3)]
+        values = [loss({n: w + eps * z[n] for n, w in theta.items()}) for z in directions for eps in (1e-3, -1e-3)]
+        spread = np.array(values)
+        shaped = (spread - spread.mean()) / spread.std() if fitness == "z-scores" else np.argsort(np.argsort(spread)) / 5 - 0.5
+        for i, z in enumerate(directions):
+            g = (shaped[2 * i] - shaped[2 * i + 1]) / 2e-3 / 3
+            theta = {name: weight - 1e-4 * g * z[name] for name, weight in theta.items()}
+        optimizer.step(mean_square(model, data))
+        assert optimizer.report is not None
+        assert optimizer.report.values == pytest.approx(values, rel=1e-9)
+        assert optimizer.report.loss == pytest.approx(spread.mean())
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(weight.detach(), theta[name], rtol=0, atol=1e-9)
+
+
+def test_with_one_query_fitness_is_the_sign_whatever_the_unit() -> None:
+    for scale in (1e-6, 1.0, 1e6):
+        for kind, slope in (("ranks", 0.5), ("z-scores", 1.0)):
+            estimator = SPSA(fitness=kind)
+            (term,) = estimator.terms(estimator.points(lambda query: 7), [scale * 2, scale * 3])
+            assert term == Term(7, pytest.approx(-slope))
+            assert estimator.difference([scale * 2, scale * 3]) == scale * 3 - scale * 2
+
+
+def test_a_fitness_that_is_not_known() -> None:
+    with pytest.raises(ValueError, match=r"fitness='rank' is not known\. Use one of 'values', 'ranks', 'z-scores'"):
+        SPSA(4, fitness="rank")

@@ -141,7 +141,7 @@ def test_dropout_masks_are_a_function_of_the_run_seed_the_step_and_the_rank() ->
         optimizer = ZOOptimizer(model, seed=seed)
         optimizer.steps = steps
         optimizer.exchange = Exchange()
-        optimizer.exchange.rank = rank
+        optimizer.exchange.stream = rank
         torch.rand(draws)
         return masks(optimizer, model)[0][0]
 

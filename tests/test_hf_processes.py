@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from hf_tools import losses, same, weights
-from hf_worker import CASES, build
+from hf_worker import CASES, Oracle, build
 from scissors import Scissors
 
 
@@ -39,7 +39,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], A
         workers.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     outputs = [worker.communicate(timeout=300)[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)
-    return {(name, rank): torch.load(folder / f"{name}.{rank}.pt") for name in CASES for rank in range(2)}
+    return {(name, rank): torch.load(folder / f"{name}.{rank}.pt") for name in [*CASES, "stopped"] for rank in range(2)}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -56,20 +56,45 @@ def test_ranks_stay_equal_and_match_one_process(name: str, results: dict[tuple[s
         torch.testing.assert_close(first["weights"][key], value, rtol=0, atol=1e-9)
 
 
-def test_f1_of_two_processes_and_accumulation_is_that_of_the_whole_batch_exactly(
+@pytest.mark.parametrize("name", ["f1", "ranked", "generated"])
+def test_values_of_two_processes_and_accumulation_are_those_of_the_whole_batch_exactly(
+    name: str, results: dict[tuple[str, int], Any], tmp_path: Path
+) -> None:
+    """The mean of F1 over parts would be another number (test_objectives.py)."""
+    seen = Scissors()
+    build(name, tmp_path, 0, 8, callbacks=[seen]).train()
+    ours = results[name, 0]["values"]
+    assert ours == results[name, 1]["values"] == [report.values for report in seen.reports]
+    assert len({value for row in ours for value in row}) > 2
+
+
+def test_one_question_a_step_is_asked_on_the_first_rank_with_the_outputs_of_both(
     results: dict[tuple[str, int], Any], tmp_path: Path
 ) -> None:
-    """Its mean over parts would be another number (test_objectives.py)."""
-    seen = Scissors()
-    build("f1", tmp_path, 0, 8, callbacks=[seen]).train()
-    ours = results["f1", 0]["values"]
-    assert ours == results["f1", 1]["values"] == [report.values for report in seen.reports]
-    assert len({value for row in ours for value in row}) > 2
+    alone = Oracle()
+    build("ranked", tmp_path, 0, 8, oracle=alone).train()
+    assert results["ranked", 1]["asked"] == []
+    assert len(results["ranked", 0]["asked"]) == len(alone.asked) == 4
+    for ours, theirs in zip(results["ranked", 0]["asked"], alone.asked, strict=True):
+        assert ours.shape == (4, 8, 2)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+
+
+def test_an_oracle_that_fails_on_the_first_rank_ends_both_runs_before_the_update(
+    results: dict[tuple[str, int], Any], tmp_path: Path
+) -> None:
+    first, second = results["stopped", 0], results["stopped", 1]
+    assert first["error"] == "RuntimeError: The oracle 'Oracle', asked at step 2, failed with KeyError: 'who?'"
+    assert second["error"] == f"RuntimeError: The objective failed on rank 0: {first['error']}"
+    host: Any = build("ranked", tmp_path, 0, 8, max_steps=2)
+    host.train()
+    for result in (first, second):
+        assert result["steps"] == 2
+        assert same(result["weights"], weights(host.model))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_values_are_averaged_once_a_step_and_nothing_is_wrapped(name: str, results: dict[tuple[str, int], Any]) -> None:
     for rank in range(2):
-        lengths = [length for length in results[name, rank]["averaged"] if length > 1]
-        assert len(lengths) == 4  # besides it, ranks agree once on how the loss is scaled
+        assert results[name, rank]["averaged"] == [4 if name == "ranked" else 2] * 4  # points of each meeting
         assert "DistributedDataParallel" not in results[name, rank]["wrapped"]

@@ -26,7 +26,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], A
     command = [sys.executable, str(here / "lightning_worker.py"), str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    return {(case, rank): torch.load(folder / f"{case}.{rank}.pt", weights_only=True) for case in CASES for rank in range(2)}
+    return {(case, rank): torch.load(folder / f"{case}.{rank}.pt", weights_only=True) for case in [*CASES, "stopped"] for rank in range(2)}
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "buffers"])
@@ -44,12 +44,23 @@ def test_ranks_stay_equal_and_match_one_process(case: str, results: dict[tuple[s
     assert first["logged"] == second["logged"] == pytest.approx(alone["logged"], abs=1e-9)
 
 
-def test_f1_of_two_processes_and_accumulation_is_that_of_the_whole_batch_exactly(
-    results: dict[tuple[str, int], Any], tmp_path: Path
+@pytest.mark.parametrize("case", ["f1", "ranked"])
+def test_values_of_two_processes_and_accumulation_are_those_of_the_whole_batch_exactly(
+    case: str, results: dict[tuple[str, int], Any], tmp_path: Path
 ) -> None:
-    values = results["f1", 0]["values"]
-    assert values == fit("f1", tmp_path)["values"]
+    values, alone = results[case, 0]["values"], fit(case, tmp_path)
+    assert values == alone["values"]
     assert len({value for row in values for value in row}) > 2
+    assert results[case, 0]["asked"] == alone["asked"] == ([[(8, 1)] * 4] * 16 if case == "ranked" else [])
+    assert results[case, 1]["asked"] == []
+
+
+def test_an_oracle_that_fails_on_the_first_rank_ends_both_runs_before_the_update(results: dict[tuple[str, int], Any]) -> None:
+    first, second = results["stopped", 0], results["stopped", 1]
+    assert first["error"] == "RuntimeError: The oracle 'Oracle', asked at step 2, failed with KeyError: 'who?'"
+    assert second["error"] == f"RuntimeError: The objective failed on rank 0: {first['error']}"
+    assert [first["steps"], second["steps"]] == [2, 2]
+    assert same(first["weights"], second["weights"])
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "buffers"])

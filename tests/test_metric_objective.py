@@ -424,3 +424,11 @@ def test_a_lightning_run_that_is_killed_goes_on(logged: bool, tmp_path: Path) ->
         fit(tmp_path / "cut", make(), kind, [TrajectoryLog(), Scissors(5)], dropout=0.1)
     again, _, _ = fit(tmp_path / "cut", make(), kind, [TrajectoryLog()], dropout=0.1)
     assert same(state(whole.net), state(again.net))
+
+
+def test_what_a_run_did_not_log_is_not_counted_in_the_next(tmp_path: Path) -> None:
+    objective = MetricObjective(MulticlassF1Score(**F1))
+    hf(tmp_path, objective, max_steps=3, logging_steps=2)[0].train()
+    again, seen = hf(tmp_path, objective, max_steps=2, logging_steps=2)
+    again.train()
+    assert losses(again, "zo/objective") == pytest.approx([sum(report.score for report in seen.reports) / 2])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torchmetrics.classification import BinaryAccuracy, BinaryF1Score, MulticlassF1Score
 
-from zo_lightning.engine import SPSA, Safeguard, ZOOptimizer
+from zo_lightning.engine import SPSA, Safeguard, ZOOptimizer, ZOWarning
 from zo_lightning.engine.objectives import Objective, Ramp, Score
 
 EPS = 0.3
@@ -426,3 +426,18 @@ def test_a_checkpoint_in_the_middle_of_a_window_keeps_what_was_observed() -> Non
     measure(again, other, range(2, 4))
     other.apply()
     assert same(snapshot(whole), snapshot(again))
+
+
+def test_a_column_of_outputs_beside_a_row_of_targets_is_said() -> None:
+    model, (x, y) = mlp(), regression()
+
+    def squares(preds: Tensor, target: Tensor) -> Tensor:
+        return (preds - target).square().mean()
+
+    def step(score: Score, target: Tensor) -> None:
+        ZOOptimizer(model, lr=0.0, objective=score).step(lambda: {"preds": model(x), "target": target})  # type: ignore[arg-type]
+
+    step(Score(squares, maximize=False), y)
+    step(Score(squares, maximize=False, preprocess=lambda preds, target: (preds.squeeze(-1), target)), y[:, 0])
+    with pytest.warns(ZOWarning, match=r"squares gets preds of shape \(16, 1\) and target of shape \(16,\): .* the shape \(16, 16\)"):
+        step(Score(squares, maximize=False), y[:, 0])

@@ -220,7 +220,7 @@ def test_a_full_disk_at_the_beginning_leaves_the_old_log_where_it_is(tmp_path: P
     assert equal(Loop(Setup(), tmp_path, seed=3).run().state(), Loop(Setup(), tmp_path / "whole").run().state())
 
 
-def no_room(path: Path, trained: Any) -> None:
+def no_room(path: Path, trained: Any, writing: bool = True) -> None:
     raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
 

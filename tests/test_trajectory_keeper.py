@@ -9,7 +9,7 @@ import pytest
 import torch
 from keeper_tools import Loop, Setup, equal
 
-from zo_lightning.engine import SPSA, Safeguard
+from zo_lightning.engine import SPSA, RankSGD, Safeguard
 from zo_lightning.engine.messages import ZOWarning
 from zo_lightning.engine.trajectory import load_base, read_log, replay
 
@@ -22,6 +22,7 @@ KINDS = {
     "copy": Setup("copy"),
     "inplace": Setup("inplace"),
     "three queries": Setup(estimator=SPSA(3), micro=2),
+    "ranks of three queries": Setup(estimator=SPSA(3, fitness="ranks")),
     "three queries in place": Setup("inplace", estimator=SPSA(3), micro=2),
     "accumulation": Setup(micro=3, schedule=True),
     "idle windows": Setup(idle=(0, 3, 4), micro=2, steps=11),
@@ -34,6 +35,8 @@ KINDS = {
     "normalization": Setup(norm=True, micro=2),
     "normalization in place": Setup("inplace", norm=True, idle=(4,)),
     "normalization and accumulation in place": Setup("inplace", norm=True, micro=3, partly=(2, 5), estimator=SPSA(2)),
+    "line search": Setup(estimator=RankSGD(3, search=2), micro=2, infinite=(4,), options={"lr": 5e-4}),
+    "line search in place": Setup("inplace", estimator=RankSGD(3, search=2), micro=2, norm=True, idle=(3,), options={"lr": 5e-4}),
     "gaussian and a clip": Setup(options={"noise": "gaussian", "clip": 0.5}),
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

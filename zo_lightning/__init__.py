@@ -11,7 +11,7 @@ from zo_lightning import _registration, _sources
 
 if TYPE_CHECKING:
     from zo_lightning.engine import SPSA, DivergenceError, Safeguard, ZOOptimizer, ZOWarning
-    from zo_lightning.strategy import ZODDPStrategy, ZOStrategy
+    from zo_lightning.strategy import ZODDPStrategy, ZOModelParallelStrategy, ZOStrategy
 
 __version__ = "0.1.0"
 
@@ -20,6 +20,7 @@ __all__ = [
     "DivergenceError",
     "Safeguard",
     "ZODDPStrategy",
+    "ZOModelParallelStrategy",
     "ZOOptimizer",
     "ZOStrategy",
     "ZOWarning",
@@ -28,7 +29,7 @@ __all__ = [
 
 _ENGINE = ("SPSA", "DivergenceError", "Safeguard", "ZOOptimizer", "ZOWarning")
 _HOMES = dict.fromkeys(_ENGINE, "zo_lightning.engine")
-_HOMES |= dict.fromkeys(("ZODDPStrategy", "ZOStrategy"), "zo_lightning.strategy")
+_HOMES |= dict.fromkeys(("ZODDPStrategy", "ZOModelParallelStrategy", "ZOStrategy"), "zo_lightning.strategy")
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,8 @@ from zo_lightning.engine.messages import ZOWarning
 from zo_lightning.engine.noise import Gaussian, Noise, Rademacher
 from zo_lightning.engine.optimizer import ZOOptimizer
 from zo_lightning.engine.options import EngineOptions
-from zo_lightning.engine.parallel import DataParallel, Exchange
+from zo_lightning.engine.parallel import DataParallel, Exchange, Mesh, PeerError, Processes
+from zo_lightning.engine.ranked import RankSGD
 from zo_lightning.engine.report import Estimate, StepReport
 from zo_lightning.engine.safeguard import DivergenceError, Safeguard
 from zo_lightning.engine.updates import SGD, UpdateRule
@@ -23,8 +24,12 @@ __all__ = [
     "Estimator",
     "Exchange",
     "Gaussian",
+    "Mesh",
     "Noise",
+    "PeerError",
+    "Processes",
     "Rademacher",
+    "RankSGD",
     "Safeguard",
     "StepReport",
     "Term",

@@ -25,3 +25,8 @@ NOT_SAVED_HERE = (
     "The state is not that of a ZOOptimizer (it has no 'zo' entry): it was saved by another optimizer. Load the weights alone; moments of "
     "a first-order optimizer have no use here."
 )
+
+NOT_TO_EVALUATE_AGAIN = (
+    "Micro-batches of this step were measured before a checkpoint was loaded, or by another copy of the optimizer. A line search (search=) "
+    "evaluates them again, and they are gone. Resume from a state that was saved between two steps."
+)

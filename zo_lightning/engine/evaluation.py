@@ -36,6 +36,12 @@ class Task(NamedTuple):
     """Called with what the closure returned, at the point where it ran; its results are the samples of an objective."""
     remember: Remember | None = None
     """Tells what Python state the closure may change and `muted` puts back; None: it is not put back."""
+    noticed: bool = True
+    """Whether the first evaluation is outside of `muted` and leaves the buffers as it made them."""
+
+    def around(self, index: int) -> AbstractContextManager[Any]:
+        """What the evaluation of a point runs in."""
+        return self.muted() if index or not self.noticed else nullcontext()
 
 
 class Evaluated(NamedTuple):
@@ -88,7 +94,7 @@ class Evaluator:
 
         def job(index: int) -> Callable[[], Any]:
             def run() -> Any:
-                with residency.at(task.points[index], task.eps), task.muted() if index else nullcontext():
+                with residency.at(task.points[index], task.eps), task.around(index):
                     output = self._one(task, host)
                 if not residency.reached():
                     raise RuntimeError(_NOT_REACHED)
@@ -102,7 +108,8 @@ class Evaluator:
             world.add(self.buffers.places())
             outputs, moved = abreast(residency, jobs, host.devices, world, self._lockstep.crew(len(jobs) - 1))
         self.count += len(outputs)
-        self.buffers.first_done()
+        if task.noticed:
+            self.buffers.first_done()
         self._lockstep.left_behind(moved if task.remember is None else None, world.shared)
         losses = [task.loss_of(output) for output, _ in outputs]
         if any(loss is None for loss in losses):
@@ -114,15 +121,17 @@ class Evaluator:
         losses: list[Tensor] = []
         samples: list[Any] = []
         with task.residency.session():
+            task.residency.expect(task.points)
             for index, point in enumerate(task.points):
                 unnoticed = index == (0 if task.remember is None else 1)  # all that it left behind is put back, if anything is
                 watched = self._lockstep.watched(task.residency, task.remember) if unnoticed else nullcontext()
-                with watched, task.residency.at(point, task.eps), task.muted() if index else nullcontext():
+                with watched, task.residency.at(point, task.eps), task.around(index):
                     output, sample = self._one(task, host)
                 self.count += 1
                 if index == 0:
-                    self.buffers.first_done()
                     first = output
+                    if task.noticed:
+                        self.buffers.first_done()
                 loss = task.loss_of(output)
                 if loss is None:
                     return Evaluated(None, [], [])
@@ -138,7 +147,7 @@ class Evaluator:
         """(what the closure returned, its sample)."""
         host.seed(task.seed)
         torch.clear_autocast_cache()  # autocast keeps cast weights; the second evaluation would see those of the first
-        before = [_grad_of(p.tensor) for p in task.residency.trained]
+        before = [_grad_of(p.aliases[0]) for p in task.residency.trained]
         try:
             with interruptible():
                 output = task.closure()
@@ -149,7 +158,7 @@ class Evaluator:
             raise
         finally:
             torch.clear_autocast_cache()
-        if any(_grad_of(p.tensor) not in ((0, 0), old) for p, old in zip(task.residency.trained, before, strict=True)):
+        if any(_grad_of(p.aliases[0]) not in ((0, 0), old) for p, old in zip(task.residency.trained, before, strict=True)):
             raise RuntimeError(_BACKWARD)
         return output, sample
 

@@ -70,7 +70,7 @@ def kind_of(trained: Sequence[Trained]) -> Kind:
     sizes: Counter[Kind] = Counter()
     for parameter in trained:
         parts = parameter.name.split(".")
-        sizes[next(kind for kind in KINDS if kind.has(parameter, parts))] += parameter.tensor.numel()
+        sizes[next(kind for kind in KINDS if kind.has(parameter, parts))] += parameter.numel
     return sizes.most_common(1)[0][0]
 
 
@@ -85,7 +85,7 @@ def usual_lr(trained: Sequence[Trained]) -> str:
     kind = kind_of(trained)
     if kind.usual:
         return f"{kind.usual} for {kind.name}"
-    size = sum(parameter.tensor.numel() for parameter in trained)
+    size = sum(parameter.numel for parameter in trained)
     return next(text for least, text in _BY_SIZE if size >= least)
 
 

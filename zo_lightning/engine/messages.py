@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 _said: set[str] = set()
@@ -33,7 +34,7 @@ def reset() -> None:
     _said.clear()
 
 
-def choose(option: str, value: object, allowed: dict[str, object], objects: str = "") -> object:
+def choose(option: str, value: object, allowed: Mapping[str, object], objects: str = "") -> object:
     """The entry of `allowed` called `value`; ValueError that lists the names, and says which `objects` would do, otherwise."""
     if isinstance(value, str) and value in allowed:
         return allowed[value]

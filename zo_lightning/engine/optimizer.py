@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from zo_lightning.engine import recall, state
-from zo_lightning.engine.advice import NO_DIFFERENCE, NO_LOSS, NOTHING_TO_TRAIN, ZERO_STEPS
-from zo_lightning.engine.estimators import Estimator
-from zo_lightning.engine.evaluation import Closure, Evaluator, Muted, Task, as_scalar
+from zo_lightning.engine.advice import NO_DIFFERENCE, NO_LOSS, NOT_TO_EVALUATE_AGAIN, NOTHING_TO_TRAIN, ZERO_STEPS
+from zo_lightning.engine.estimators import Estimator, Term
+from zo_lightning.engine.evaluation import Closure, Evaluated, Evaluator, Muted, Task, as_scalar
 from zo_lightning.engine.journal import Journal, StepRecord, Unrecorded
 from zo_lightning.engine.kinds import WEIGHTS, by_factor, check_kinds, kind_of, usual_lr
+from zo_lightning.engine.line_search import as_now, at_best, candidates, not_tried, tried
 from zo_lightning.engine.lockstep import Remember
 from zo_lightning.engine.masks import Mask, Masks
 from zo_lightning.engine.masks.rules import Chosen
@@ -26,11 +27,13 @@ from zo_lightning.engine.noise import Change, Noise
 from zo_lightning.engine.objectives import Objective, measured
 from zo_lightning.engine.options import EngineOptions, as_estimator, as_noise, as_safeguard, check_group
 from zo_lightning.engine.parallel import Exchange
+from zo_lightning.engine.parallel.alike import check_mesh, described, digest, sum_of
 from zo_lightning.engine.parameters import Trained, collect, names_of, signature, split_input
 from zo_lightning.engine.report import Estimate, StepReport, make_report
 from zo_lightning.engine.residency import Masters, Offload, Residency, build_residency
 from zo_lightning.engine.safeguard import Safeguard
 from zo_lightning.engine.seeds import evaluation_seed, query_seed, rounding_seed
+from zo_lightning.engine.shards import any_sharded
 from zo_lightning.engine.signals import held
 from zo_lightning.engine.updates import SGD, GroupSettings
 from zo_lightning.engine.window import Window
@@ -96,7 +99,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.rule = SGD(clip)
         self.safeguard = as_safeguard(safeguard)
         self.max_nonfinite = max_nonfinite
-        self.exchange = Exchange()
+        self._exchange, self._narrow, self._agreed = Exchange(), self.estimator, True
         self.steps = self.skipped_steps = self.zero_difference_steps = 0
         self._nonfinite_run = self._zero_run = 0
         self._evaluator = Evaluator(self.module, dropout)
@@ -128,7 +131,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             for group, given in zip(self.param_groups, own, strict=True):
                 if name not in given:
                     group[name] = self.defaults[name]
-        if kind.clip is not None and self.rule.clip is None:
+        if kind.clip is not None and self.rule.clip is None and self.estimator.clips:
             self.rule = SGD(kind.clip)
             tell_once(f"clip.{kind.name}", f"clip={kind.clip:g}: the bound on projected gradients that {kind.source} has for {kind.name}.")
         if left_out and kind is not WEIGHTS:
@@ -151,6 +154,21 @@ class ZOOptimizer(torch.optim.Optimizer):
         _, (group,), names = split_input([param_group])
         self._names.update(names)
         super().add_param_group(group)
+
+    def parameters_replaced(self) -> None:
+        """To be called when the groups got other parameters of the same module (accelerate shards it): names are looked up anew."""
+        self._names = names_of(self.module) if self.module is not None else {}
+        self._residency, self._signature = None, ()
+
+    @property
+    def exchange(self) -> Exchange:
+        """The processes that train together. Setting it makes the estimator that of all of them; ValueError where it can't be shared."""
+        return self._exchange
+
+    @exchange.setter
+    def exchange(self, exchange: Exchange) -> None:
+        self.estimator = exchange.widened(self._narrow)
+        self._exchange, self._window, self._agreed = exchange, None, exchange.world_size == 1
 
     @property
     def eps(self) -> float:
@@ -175,13 +193,16 @@ class ZOOptimizer(torch.optim.Optimizer):
             before.close()
         self._residency = build_residency(self.weights, self.module, trained, self.noise, before)
         self._residency.masters, self._residency.masks = self.masters, self.masks
-        self._signature = signature(self.param_groups, self._residency.keeps)
+        self._signature = self._signature_for(self._residency)
         return self._residency
 
     def _is_for_these_tensors(self, residency: Residency) -> bool:
         with held(), residency.still():  # while another thread's forward pass runs, weights may be elsewhere
             residency.end_interrupted()
-            return signature(self.param_groups, residency.keeps) == self._signature
+            return self._signature_for(residency) == self._signature
+
+    def _signature_for(self, residency: Residency) -> tuple[Any, ...]:
+        return signature(self.param_groups, residency.keeps if residency.places_weights else None)
 
     @property
     def lockstep(self) -> bool:
@@ -219,7 +240,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         asks the module itself, inside `surroundings()` (the host's precision).
         Raises TypeError or ValueError for a loss that is not one real number, RuntimeError where the closure calls backward.
         """
-        return self._estimate(self.residency, closure, weight, muted, loss_of, remember, batch, surroundings)
+        with self.exchange.together():
+            return self._estimate(self.residency, closure, weight, muted, loss_of, remember, batch, surroundings)
 
     def _estimate(
         self,
@@ -233,11 +255,13 @@ class ZOOptimizer(torch.optim.Optimizer):
         surroundings: Muted = nullcontext,
     ) -> Estimate:
         began = time.perf_counter()
+        if not self._agreed:
+            check_mesh(self)
         plan = self.journal.recall(self.steps, updating=False)
         if self._window is None:
             self._window = self._begin()
         window = self._window
-        seed = evaluation_seed(self.seed, self.steps, window.micro_batches, self.exchange.rank)
+        seed = evaluation_seed(self.seed, self.steps, window.micro_batches, self.exchange.stream)
         observe: Callable[[Any], Any] | None = None
         if (objective := self.objective) is not None:
             loss_of = objective.loss_of
@@ -246,18 +270,28 @@ class ZOOptimizer(torch.optim.Optimizer):
                 with surroundings():
                     return objective.observe(output, self.module, batch)
 
-        task = Task(closure, window.points, residency, [], seed, muted, loss_of, observe, remember)
+        task = Task(closure, window.own, residency, [], seed, muted, loss_of, observe, remember)
         if plan is not None:
             return recall.estimate(plan, self._evaluator, task, window, weight)
-        self.journal.look(self, window.micro_batches, updating=False)
-        output, losses, samples = self._evaluator.evaluate(task._replace(eps=self._eps_of(window)))
-        self.journal.remember(self)
+        task = task._replace(eps=self._eps_of(window))
+        output, losses, samples = self._evaluated(task, window)
         window.micro_batches += 1
-        window.traces = window.traces or self._evaluator.buffers.moved or not losses
+        window.moved = window.moved or self._evaluator.buffers.moved
+        if self.exchange.mesh.perturbation > 1:
+            window.seen = (31 * window.seen + sum_of(batch)) % (1 << 53)
+        window.traces = window.traces or window.moved or not losses
         if losses:
             window.add(losses, weight, samples if observe is not None else [])
+            if self.estimator.along:
+                window.again.append((task._replace(closure=as_now(closure)), weight))
         window.seconds += time.perf_counter() - began
         return Estimate(output, torch.stack(losses).mean() * weight) if losses else Estimate(None, None)
+
+    def _evaluated(self, task: Task, window: Window) -> Evaluated:
+        self.journal.look(self, window.micro_batches, updating=False)
+        evaluated = self._evaluator.evaluate(task)
+        self.journal.remember(self)
+        return evaluated
 
     def leaves_traces(self) -> None:
         """Say of the evaluations since the last update that they left something (a logged value) which a resumed run must make again."""
@@ -270,33 +304,39 @@ class ZOOptimizer(torch.optim.Optimizer):
         """Turn the window's values into terms, once, and make the update; None where nothing was accumulated on any rank.
 
         A non-finite value skips the update; FloatingPointError after `max_nonfinite` such steps in a row. DivergenceError by the safeguard.
+        With several processes, what one of them raises stops all: PeerError on the others.
         """
+        with self.exchange.together():
+            return self._apply()
+
+    def _apply(self) -> StepReport | None:
         began = time.perf_counter()
         window, self._window = self._window, None
+        if not self._agreed:
+            self._agree()
         plan = self.journal.recall(self.steps, updating=True)
-        values = self._values(window, plan)
-        scores: list[float] = []
-        if values is not None and plan is None and self.objective is not None:
-            seed = evaluation_seed(self.seed, self.steps, 0, 0)
-            samples = (window or self._new_window()).samples
-            values, scores = measured(self.objective, self.exchange, self.steps, values, samples, seed)
+        values, scores = self._values(window, plan)
         if values is None:
             self._check_no_gradients()
             self._idle += 1
             return None
+        if self.exchange.moved if plan is None else plan.traces:
+            self.exchange.align(self.module)
         window = window or self._begin()  # other ranks had data
+        settings = self._settings(window, plan)
         finite = all(math.isfinite(value) for value in values)
         terms = self.estimator.terms(window.points, values) if finite else []
-        settings = self._settings(window, plan)
+        lengths = self._along(window, plan, terms, settings) if self.estimator.along else []
+        made = at_best(self.estimator.along, terms, lengths)
         change = Change(
-            tuple(term.seed for term in terms),
-            tuple(self.rule.step(terms, group) for group in settings),
+            tuple(term.seed for term in made),
+            tuple(self.rule.step(made, group) for group in settings),
             rounding_seed(self.seed, self.steps),
         )
         residency = self.residency
         if not finite:
             residency.restore()
-        record = StepRecord(self.steps, tuple(values), tuple(settings), not finite, max(1, window.micro_batches))
+        record = StepRecord(self.steps, (*values, *lengths), tuple(settings), not finite, max(1, window.micro_batches))
         self._record(plan, record, window, residency)
         self.masks.measure(terms, [group.eps for group in settings])
         if finite:
@@ -321,7 +361,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         if self.objective is not None and not self.objective.needs_output:
             closure = dict
         residency = self.residency
-        with held(), residency.fused():  # a handler that saves a checkpoint finds the weights before the step or after it
+        # a handler that saves a checkpoint finds the weights before the step or after it
+        with self.exchange.together(), held(), residency.fused():
             loss = self._estimate(residency, closure, 1.0, nullcontext, as_scalar, None, batch).loss
             self.apply()
         return loss
@@ -330,7 +371,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         """Tell the journal, before anything is changed; a step that it knows brings the moves that rounded the weights."""
         self.journal.look(self, window.micro_batches, updating=True)
         if plan is not None:
-            residency.reenact(plan.passes, window.points, recall.eps_of(plan))
+            residency.reenact(plan.passes, recall.points_of(plan, self.estimator, self.rule, window.points), recall.eps_of(plan))
         else:
             passes = residency.take_passes()
             self.journal.append(replace(record, passes=passes, traces=window.traces, idle=self._idle))
@@ -352,7 +393,8 @@ class ZOOptimizer(torch.optim.Optimizer):
                 self.masks.made(self.residency.trained)
 
     def _new_window(self) -> Window:
-        return Window(self.estimator.points(lambda query: query_seed(self.seed, self.steps, query)), [])
+        points = self.estimator.points(lambda query: query_seed(self.seed, self.steps, query))
+        return Window(points, [], self.exchange.mine(len(points)))
 
     def _eps_of(self, window: Window) -> list[float]:
         """One a group, from the beginning of the window on; groups that came later bring their own."""
@@ -365,17 +407,44 @@ class ZOOptimizer(torch.optim.Optimizer):
         """Drop what was accumulated since the last update."""
         self._window = None
 
-    def _values(self, window: Window | None, plan: StepRecord | None) -> list[float] | None:
-        """One value a point, the same on every rank; None where there is none."""
+    def _values(self, window: Window | None, plan: StepRecord | None) -> tuple[list[float] | None, list[float]]:
+        """(one value a point, the same on every rank, or None where there is none; the scores of an objective)."""
         if plan is not None:
-            return None if self._idle < plan.idle else list(plan.values)
-        totals = None if window is None else window.totals
-        if self.exchange.world_size == 1:
-            return None if totals is None else torch.stack(totals).tolist()
-        mine = torch.stack(totals) if totals is not None else torch.zeros(len(self._new_window().points), dtype=torch.float64)
-        present = torch.ones(1, dtype=torch.float64, device=mine.device) * (totals is not None)
-        *mean, share = self.exchange.mean(torch.cat([mine, present])).tolist()
-        return mean if share > 0 else None
+            return None if self._idle < plan.idle else list(plan.values[: len(plan.values) - len(self.estimator.along)]), []
+        return self._measured(window or self._new_window(), searching=False)
+
+    def _along(self, window: Window, plan: StepRecord | None, terms: list[Term], settings: Sequence[GroupSettings]) -> list[float]:
+        """The values of the lengths that a line search tries: the micro-batches once more, and nobody notices."""
+        count = len(self.estimator.along)
+        if not terms or not any(group.lr for group in settings):
+            return not_tried(count, skipped=not terms)
+        if plan is not None:
+            self._evaluator.count += count * plan.micro_batches
+            return list(plan.values[-count:])
+        if not window.whole:
+            raise RuntimeError(NOT_TO_EVALUATE_AGAIN)
+        points = candidates(self.estimator.along, terms, self.rule, settings)
+        further = Window(points, window.eps, self.exchange.mine(len(points)))
+        for task, weight in window.again:
+            again = self._evaluated(task._replace(points=further.own, noticed=False), window)
+            further.add(again.losses, weight, again.samples if task.observe is not None else [])
+        found, _ = self._measured(further, searching=True)
+        return tried(found or [])
+
+    def _measured(self, window: Window, searching: bool) -> tuple[list[float] | None, list[float]]:
+        values = self.exchange.values(window.totals, len(window.points), window.moved, window.seen)
+        if values is None or self.objective is None:
+            return values, []
+        seed = evaluation_seed(self.seed, self.steps, 0, 0)
+        return measured(self.objective, self.exchange, self.steps, values, window.samples, seed, searching)
+
+    def _agree(self) -> None:
+        """Several processes begin: they have to be alike."""
+        check_mesh(self)
+        self.exchange.agree(described(self))
+        if any_sharded(self.residency.trained):  # behind a meeting, for ranks now sum the bits of their shards together
+            self.exchange.agree({"what the sharded weights are": digest(p.aliases[0] for p in self.residency.trained)})
+        self._agreed = True
 
     def _check_no_gradients(self) -> None:
         """A loop made for backpropagation, which would go on without ever changing a weight."""

@@ -13,6 +13,7 @@ from zo_lightning.engine.masks import Mask
 from zo_lightning.engine.messages import check_number, choose
 from zo_lightning.engine.noise import NOISES, Noise
 from zo_lightning.engine.objectives import Objective
+from zo_lightning.engine.parallel import Mesh, mesh_of
 from zo_lightning.engine.residency import WEIGHTS, Offload
 from zo_lightning.engine.safeguard import Safeguard
 
@@ -40,6 +41,8 @@ class EngineOptions:
     max_nonfinite: int = 20
     mask: Mask | None = None
     objective: Objective | None = None
+    parallel: str | Mesh | None = None
+    """How a host's processes share the work; the host gives the optimizer its exchange."""
 
     def validate(self) -> None:
         """Raise ValueError that names the option, its value and what is allowed."""
@@ -63,8 +66,15 @@ class EngineOptions:
             raise ValueError(f"Invalid mask: {self.mask!r}. Must be a Mask (zo_lightning.engine.masks), or None.")
         if self.objective is not None and not isinstance(self.objective, Objective):
             raise ValueError(f"Invalid objective: {self.objective!r}. Must be an Objective (zo_lightning.engine.objectives), or None.")
+        if self.parallel is not None:
+            mesh_of(self.parallel)
         as_noise(self.noise)
-        as_estimator(self.estimator)
+        estimator = as_estimator(self.estimator)
+        if self.clip is not None and not estimator.clips:
+            raise ValueError(
+                f"Invalid clip: {self.clip!r} with estimator={self.estimator!r}, whose terms have a fixed size and sum to zero, which a "
+                "bound on each would spoil. Leave clip out; a smaller lr makes smaller steps."
+            )
         as_safeguard(self.safeguard)
 
     def build(
@@ -85,7 +95,7 @@ class EngineOptions:
 
     def keywords(self) -> dict[str, Any]:
         """What `ZOOptimizer` takes beside params, lr, weight_decay and module."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("lr", "weight_decay")}
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("lr", "weight_decay", "parallel")}
 
 
 _GROUP_CHECKS = (

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from zo_lightning.engine.noise.region import Region
 from zo_lightning.engine.seeds import parameter_key
+from zo_lightning.engine.shards import local, region_of
 
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
@@ -20,7 +22,7 @@ _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 class Trained:
     """One trained tensor: its canonical name and key, the group whose lr, eps and decay it has, and every parameter tied to it.
 
-    `unit` and `least` are those of a `Scale`.
+    `unit` and `least` are those of a `Scale`. Of a sharded parameter, `tensor` is the local part, and `region` tells which.
     """
 
     name: str
@@ -30,6 +32,17 @@ class Trained:
     aliases: tuple[Tensor, ...]
     unit: float = 1.0
     least: float | None = None
+    region: Region | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole parameter."""
+        return tuple(self.tensor.shape) if self.region is None else self.region.shape
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole parameter."""
+        return self.tensor.numel() if self.region is None else self.region.numel
 
 
 class Scale(nn.Parameter):
@@ -118,15 +131,17 @@ def collect(groups: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> li
             position += 1
             if not tensor.requires_grad or not (tensor.is_floating_point() or tensor.is_complex()):
                 continue
-            _check(name, tensor)
-            place = (tensor.data_ptr() if tensor.numel() else id(tensor), tensor.shape, tensor.stride(), tensor.dtype)
+            mine = local(tensor)
+            _check(name, mine)
+            place = (mine.data_ptr() if mine.numel() else id(tensor), tensor.shape, mine.stride(), mine.dtype)
             if place not in tied:
                 tied[place] = []
                 order.append((place, name, index))
             tied[place].append(tensor)
-    trained = [
-        Trained(name, parameter_key(name), tied[place][0], index, tuple(tied[place]), *_scale(tied[place])) for place, name, index in order
-    ]
+    trained = []
+    for place, name, index in order:
+        first, aliases = tied[place][0], tuple(tied[place])
+        trained.append(Trained(name, parameter_key(name), local(first), index, aliases, *_scale(aliases), region_of(name, first)))
     _check_names(trained)
     _check_overlap(trained)
     return trained
@@ -181,13 +196,16 @@ def _check_overlap(trained: Sequence[Trained]) -> None:
             )
 
 
-def signature(groups: Sequence[Mapping[str, Any]], kept: Callable[[Tensor], bool] = lambda tensor: False) -> tuple[Any, ...]:
-    """Changes when `collect` could give another answer: tensors added, frozen, moved, cast or replaced; those that are `kept` may move."""
-    return tuple(
-        (id(p), 0 if _unplaced(p) or kept(p) else p.data_ptr(), *((p.dtype, p.device, p.shape) if p.requires_grad else ()))
-        for group in groups
-        for p in group["params"]
-    )
+def signature(groups: Sequence[Mapping[str, Any]], kept: Callable[[Tensor], bool] | None = None) -> tuple[Any, ...]:
+    """Changes when `collect` could give another answer: tensors added, frozen, moved, cast or replaced.
+
+    With `kept`, also when frozen ones move; those that are `kept` may.
+    """
+    tensors: list[Tensor] = [p for group in groups for p in group["params"]]
+    trained = [p for p in tensors if p.requires_grad]
+    placed = trained if kept is None else tensors
+    places = [0 if _unplaced(mine := local(p)) or (kept is not None and kept(p)) else mine.data_ptr() for p in placed]
+    return list(map(id, tensors)), list(map(id, trained)), places, [(p.dtype, p.device, p.shape) for p in trained]
 
 
 def _unplaced(tensor: Tensor) -> bool:

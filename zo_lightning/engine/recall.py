@@ -8,13 +8,14 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
-from zo_lightning.engine.estimators import Displacement
+from zo_lightning.engine.estimators import Displacement, Estimator
 from zo_lightning.engine.evaluation import Evaluator, Task
 from zo_lightning.engine.journal import StepRecord
+from zo_lightning.engine.line_search import candidates
 from zo_lightning.engine.messages import say_once
 from zo_lightning.engine.report import Estimate
 from zo_lightning.engine.residency import InPlace, Residency
-from zo_lightning.engine.updates import GroupSettings
+from zo_lightning.engine.updates import GroupSettings, UpdateRule
 from zo_lightning.engine.window import Window
 
 
@@ -29,16 +30,16 @@ def estimate(record: StepRecord, evaluator: Evaluator, task: Task, window: Windo
     window.micro_batches += 1
     residency = task.residency
     if isinstance(residency, InPlace):
-        residency = _SameMoves(residency, record, window.points)
+        residency = _SameMoves(residency, record, task.points)
         if not record.traces:
             with residency.session():  # here, and not all before the update: others may change the weights between micro-batches
                 pass
     if record.traces:
-        evaluated = evaluator.evaluate(task._replace(residency=residency, points=window.points[:1], eps=eps_of(record)))
+        evaluated = evaluator.evaluate(task._replace(residency=residency, points=task.points[:1], eps=eps_of(record)))
         if not evaluated.losses:
             return Estimate(None, None)
         output = evaluated.output
-    evaluator.count = before + len(window.points)
+    evaluator.count = before + len(task.points)
     return Estimate(output, loss)
 
 
@@ -64,6 +65,14 @@ class _SameMoves(Residency):
 
     def at(self, point: Displacement, eps: Sequence[float]) -> AbstractContextManager[None]:
         return self._inner.at(point, eps)
+
+
+def points_of(record: StepRecord, estimator: Estimator, rule: UpdateRule, points: Sequence[Displacement]) -> list[Displacement]:
+    """All that `passes` can name: those of the estimate, and behind them those that a line search tried."""
+    values = record.values[: len(points)]
+    if not estimator.along or not all(math.isfinite(value) for value in values):
+        return list(points)
+    return [*points, *candidates(estimator.along, estimator.terms(points, values), rule, record.settings)]
 
 
 def eps_of(record: StepRecord) -> list[float]:

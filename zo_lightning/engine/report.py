@@ -71,7 +71,6 @@ def make_report(
 ) -> StepReport:
     """Of a step whose points had these values; without terms it was skipped."""
     plus, minus = optimizer.estimator.sides(values)
-    difference = max((abs(term.slope) for term in terms), default=math.nan) * 2 * max(1, len(terms))
     return StepReport(
         step=optimizer.steps,
         values=tuple(values),
@@ -84,7 +83,7 @@ def make_report(
         forward_passes=optimizer.forward_passes,
         skipped=not terms,
         zero_difference=bool(terms) and not any(term.slope for term in terms),
-        resolution=difference / float32_spacing(max(abs(plus), abs(minus))) if terms else math.nan,
+        resolution=optimizer.estimator.difference(values) / float32_spacing(max(abs(plus), abs(minus))) if terms else math.nan,
         seconds=seconds,
         score=math.fsum(scores) / len(scores) if scores else None,
     )

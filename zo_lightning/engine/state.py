@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from zo_lightning.engine.advice import NOT_SAVED_HERE
 from zo_lightning.engine.options import check_group
+from zo_lightning.engine.shards import is_sharded, part, whole
 
 if TYPE_CHECKING:
     from zo_lightning.engine.optimizer import ZOOptimizer
@@ -14,8 +17,9 @@ VERSION = 1
 _COUNTERS = ("seed", "steps", "skipped_steps", "zero_difference_steps")
 
 COPIED = (
-    *("module", "noise", "estimator", "weights", "seed", "rule", "safeguard", "max_nonfinite", "exchange", "report", "_factors"),
-    *("steps", "skipped_steps", "zero_difference_steps", "_nonfinite_run", "_zero_run", "_window", "masters", "masks", "objective"),
+    *("module", "noise", "estimator", "weights", "seed", "rule", "safeguard", "max_nonfinite", "report", "masters", "masks", "objective"),
+    *("_exchange", "_narrow", "_agreed", "_factors"),
+    *("steps", "skipped_steps", "zero_difference_steps", "_nonfinite_run", "_zero_run", "_window"),
 )
 """Attributes that a copy of an optimizer has, beside torch's own."""
 
@@ -32,9 +36,25 @@ def saved(optimizer: ZOOptimizer) -> dict[str, Any]:
         "safeguard": None if safeguard is None else safeguard.state_dict(),
         "noise": optimizer.noise.name,
         "idle": optimizer._idle,
-        "masters": optimizer.masters.state_dict(),
+        "masters": _whole_masters(optimizer),
         "masks": optimizer.masks.state_dict(),
         "window": None if window is None else window.state_dict(),
+    }
+
+
+def _whole_masters(optimizer: ZOOptimizer) -> dict[str, Tensor]:
+    """Those of whole parameters, the same on all ranks."""
+    masters = optimizer.masters.state_dict()
+    sharded = {str(p.key): p.aliases[0] for p in optimizer._trained() if is_sharded(p.aliases[0])} if masters else {}
+    return {key: whole(master, sharded[key]) if key in sharded else master for key, master in sorted(masters.items())}
+
+
+def _own_masters(optimizer: ZOOptimizer, masters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of whole masters the parts that are here."""
+    sharded = {str(p.key): p for p in optimizer._trained() if p.region is not None} if masters else {}
+    return {
+        key: part(master, sharded[key].region).view(sharded[key].tensor.shape) if key in sharded else master
+        for key, master in masters.items()
     }
 
 
@@ -64,7 +84,7 @@ def load(optimizer: ZOOptimizer, zo: dict[str, Any]) -> None:
         setattr(optimizer, name, zo[name])
     optimizer._nonfinite_run, optimizer._zero_run = zo["nonfinite_run"], zo["zero_run"]
     optimizer._evaluator.count, optimizer._idle = zo["forward_passes"], zo["idle"]
-    optimizer.masters.load_state_dict(zo["masters"])
+    optimizer.masters.load_state_dict(_own_masters(optimizer, zo["masters"]))
     optimizer.masks.load_state_dict(zo["masks"], {p.key: p.tensor.device for p in optimizer._trained()})
     if optimizer.safeguard is not None and zo["safeguard"] is not None:
         optimizer.safeguard.load_state_dict(zo["safeguard"])

@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from zo_lightning.engine.estimators import Displacement
 
+if TYPE_CHECKING:
+    from zo_lightning.engine.evaluation import Task
+
 
 class Window:
     """One accumulation window: every micro-batch is evaluated at the same points, with the eps of its beginning."""
 
-    def __init__(self, points: list[Displacement], eps: list[float]) -> None:
+    def __init__(self, points: list[Displacement], eps: list[float], mine: range) -> None:
         self.points = points
+        self.mine = mine
+        """Indices of those that this process evaluates."""
         self.eps = eps
         """Of each parameter group."""
         self.totals: list[Tensor] | None = None
-        self.samples: list[list[Any]] = [[] for _ in points]
-        """What an objective observed at each point."""
+        self.samples: list[list[Any]] = [[] for _ in mine]
+        """What an objective observed at each point, here."""
         self.micro_batches = 0
+        self.seen = 0
+        """A number of the batches, where other processes evaluate other points of them."""
         self.seconds = 0.0
+        self.again: list[tuple[Task, float]] = []
+        """Where a line search will evaluate them once more: the micro-batches and their weights."""
+        self.whole = True
+        """Whether `again` would have all of them: a checkpoint and a copy have none."""
+        self.moved = False
+        """Whether the evaluations changed buffers."""
         self.traces = False
         """Whether the first evaluations left something behind: buffers, logged values."""
+
+    @property
+    def own(self) -> list[Displacement]:
+        """The points that this process evaluates."""
+        return [self.points[index] for index in self.mine]
 
     def add(self, losses: list[Tensor], weight: float, samples: list[Any]) -> None:
         """Add weight * loss of every point, and its sample where there is an objective."""
@@ -43,6 +61,9 @@ class Window:
         }
         return {**plain, "samples": [list(own) for own in self.samples]} if any(self.samples) else plain
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "again": [], "whole": self.totals is None}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned. ValueError where another estimator measured it."""
         if state["points"] != len(self.points):
@@ -50,6 +71,7 @@ class Window:
                 f"The state was saved inside an accumulation window of {state['points']} evaluations, and this estimator makes "
                 f"{len(self.points)}. Resume with the same estimator (queries), or from a state saved between two steps."
             )
+        self.whole = state["totals"] is None
         self.eps, self.micro_batches = list(state["eps"]), state["micro_batches"]
         self.samples = [list(own) for own in state.get("samples", self.samples)]
         self.totals = None if state["totals"] is None else [torch.tensor(x, dtype=torch.float64) for x in state["totals"]]

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from zo_lightning.engine.noise import Rademacher, joins
 from zo_lightning.engine.offload.parcels import FROZEN, Parcel, parcels_among
 from zo_lightning.engine.parameters import Trained, names_of, total_bytes
 from zo_lightning.engine.residency.masters import has_master
@@ -64,8 +65,8 @@ class Weights:
         return _taken([parameters], [])
 
     def copied(self) -> int:
-        """Bytes of scratch that "copy" allocates: all that is trained."""
-        return _taken([self.trained], [])
+        """Bytes of scratch that "copy" allocates: all that is trained, twice where a point and its opposite are written in one pass."""
+        return _taken([self.trained], []) * (1 + joins([p.tensor for p in self.trained], Rademacher()))
 
     def resident(self) -> int:
         """Bytes of weights that Offload never moves: vectors, and adapters."""

@@ -16,7 +16,9 @@ from zo_lightning.engine.optimizer import ZOOptimizer
 from zo_lightning.engine.options import EngineOptions
 from zo_lightning.engine.parallel import Exchange
 from zo_lightning.engine.residency import Offload, Offloaded
+from zo_lightning.engine.shards import is_sharded
 from zo_lightning.engine.undo import nothing, undoing
+from zo_lightning.prompts.heads import say_new_heads
 from zo_lightning.strategy.data_order import DataOrder
 from zo_lightning.strategy.events import Events
 from zo_lightning.strategy.host_optimizer import HostOptimizer
@@ -210,6 +212,8 @@ class ForwardOnly(Bindable):
         if self._zo_host is not None:
             self._zo_host.sync()
         self._zo_events = Events(trainer, engine)
+        if self.is_global_zero:
+            say_new_heads(self.lightning_module)
 
     def _zo_give_metrics(self) -> None:
         """Those of the checkpoint's last validation, which monitors look at before the next."""
@@ -223,11 +227,15 @@ class ForwardOnly(Bindable):
         if self._zo_events is not None:
             self._zo_events.log()
             self._zo_events.complete()
+        if self._zo_host is not None:
+            self._zo_host.engine.exchange.leave()
         self._zo_close()
 
     def on_exception(self, exception: BaseException) -> None:
         """A run that ends by an exception ends for the callbacks, too."""
         super().on_exception(exception)
+        if self._zo_host is not None:
+            self._zo_host.engine.exchange.fail(exception)
         self._zo_close()
 
     def teardown(self) -> None:
@@ -269,7 +277,8 @@ class ForwardOnly(Bindable):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
         """The host's; it names the device by a function, for which torch can't load quantized weights."""
-        if self.lightning_module is None or not any(map(is_traceable_wrapper_subclass, self.lightning_module.parameters())):
+        wrapped = () if self.lightning_module is None else self.lightning_module.parameters()
+        if not any(is_traceable_wrapper_subclass(p) for p in wrapped if not is_sharded(p)):
             return super().load_checkpoint(checkpoint_path, weights_only=weights_only)
         return self.checkpoint_io.load_checkpoint(checkpoint_path, map_location="cpu", weights_only=weights_only)
 

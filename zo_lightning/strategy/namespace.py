@@ -134,11 +134,12 @@ def _rebuild(cls: type, host: type | None) -> Any:
 
 
 def register(name: str) -> None:
-    """Let the Trainer of namespace `name` take our strategies, by object, by the names "zo" and "zo_ddp", and by bare class path (CLI)."""
+    """Let the Trainer of namespace `name` take our strategies, by object, by their names ("zo", ...), and by bare class path (CLI)."""
+    from zo_lightning.strategy.model_parallel import ZOModelParallelStrategy
     from zo_lightning.strategy.strategies import ZODDPStrategy, ZOStrategy
 
     strategies = import_module(f"{name}.strategies")
-    for cls in (ZOStrategy, ZODDPStrategy):
+    for cls in (ZOStrategy, ZODDPStrategy, ZOModelParallelStrategy):
         strategies.Strategy.register(cls)
         for alias in (cls.strategy_name, f"zo_lightning.{cls.__name__}".lower()):
             strategies.StrategyRegistry.register(alias, cls, description=(cls.__doc__ or "").partition("\n")[0], override=True)

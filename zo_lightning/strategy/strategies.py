@@ -13,7 +13,7 @@ from zo_lightning.engine.masks import Mask
 from zo_lightning.engine.noise import Noise
 from zo_lightning.engine.objectives import Objective
 from zo_lightning.engine.options import EngineOptions
-from zo_lightning.engine.parallel import DataParallel, Exchange, broadcast_parameters
+from zo_lightning.engine.parallel import UNSET, Exchange, Mesh, Processes, as_mesh, broadcast_parameters
 from zo_lightning.engine.safeguard import Safeguard
 from zo_lightning.strategy.forward_only import ForwardOnly
 
@@ -37,6 +37,7 @@ class ZOStrategy(ForwardOnly, SingleDeviceStrategy):
         max_nonfinite: steps with a non-finite loss in a row before FloatingPointError.
         mask: which weights are trained (`engine.masks.Mask`); the callback SparseMask sets it, too.
         objective: what is minimised instead of the loss (`engine.objectives.Objective`); the callback MetricObjective sets it, too.
+        parallel: how several processes share the work; with one device there is nothing to share (strategy="zo_ddp").
         device: None takes the Trainer's. accelerator, checkpoint_io, precision_plugin: as for Lightning's own strategies.
 
     Raises ValueError for options out of range, and Lightning's MisconfigurationException for what can't be trained by forward passes:
@@ -61,15 +62,17 @@ class ZOStrategy(ForwardOnly, SingleDeviceStrategy):
         max_nonfinite: int = 20,
         mask: Mask | None = None,
         objective: Objective | None = None,
+        parallel: str | Mesh | None = None,
         *,
         device: torch.device | str | None = None,
         accelerator: Any = None,
         checkpoint_io: Any = None,
         precision_plugin: Any = None,
     ) -> None:
-        given = (lr, eps, seed, noise, estimator, weights, weight_decay, dropout, clip, safeguard, max_nonfinite, mask, objective)
+        given = (lr, eps, seed, noise, estimator, weights, weight_decay, dropout, clip, safeguard, max_nonfinite, mask, objective, parallel)
         options = EngineOptions(*given)
         host = {"accelerator": accelerator, "checkpoint_io": checkpoint_io, "precision_plugin": precision_plugin}
+        as_mesh(parallel, 1)
         self._zo_device = None if device is None else torch.device(device)
         super().__init__(options, host if device is None else {**host, "device": self._zo_device})
 
@@ -101,10 +104,11 @@ class ZOStrategy(ForwardOnly, SingleDeviceStrategy):
 
 
 class ZODDPStrategy(ForwardOnly, DDPStrategy):
-    """Forward-only data parallel training: `Trainer(strategy="zo_ddp", devices=n)`; ranks exchange losses, never gradients.
+    """Forward-only training on several processes: `Trainer(strategy="zo_ddp", devices=n)`; ranks exchange losses, never gradients.
 
-    Every rank has the same perturbation and its own data; an update averages the losses over the ranks once, in float64. There is no DDP
-    wrapper: the weights of rank 0 are broadcast at the start, and its buffers before each validation.
+    Every rank has the same perturbation and its own data; an update averages the losses over the ranks once, in float64. With
+    `parallel="perturbation=2"` (a `Mesh`) ranks share out the points of a step on the same data instead, or have queries of their own.
+    There is no DDP wrapper: the weights of rank 0 are broadcast at the start, and its buffers before each validation.
 
     Args: those of `ZOStrategy`, and of Lightning's DDPStrategy process_group_backend, timeout, start_method and cluster_environment.
     """
@@ -127,6 +131,7 @@ class ZODDPStrategy(ForwardOnly, DDPStrategy):
         max_nonfinite: int = 20,
         mask: Mask | None = None,
         objective: Objective | None = None,
+        parallel: str | Mesh | None = None,
         *,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
@@ -136,7 +141,7 @@ class ZODDPStrategy(ForwardOnly, DDPStrategy):
         checkpoint_io: Any = None,
         precision_plugin: Any = None,
     ) -> None:
-        given = (lr, eps, seed, noise, estimator, weights, weight_decay, dropout, clip, safeguard, max_nonfinite, mask, objective)
+        given = (lr, eps, seed, noise, estimator, weights, weight_decay, dropout, clip, safeguard, max_nonfinite, mask, objective, parallel)
         options = EngineOptions(*given)
         self.cluster_environment = cluster_environment
         host = {
@@ -161,7 +166,16 @@ class ZODDPStrategy(ForwardOnly, DDPStrategy):
             broadcast_parameters(list(self.model.buffers()))
 
     def _zo_exchange(self) -> Exchange:
-        return DataParallel(device=self.root_device)
+        exchange = Processes(self._zo_options.parallel, timeout=self._timeout or timedelta(minutes=30))
+        if self._zo_options.parallel is None:
+            self._zo_say("lightning.parallel", UNSET.format(world=exchange.world_size, option="ZODDPStrategy(parallel=...)"))
+        return exchange
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Processes that share the points of a step have the same data."""
+        mesh = as_mesh(self._zo_options.parallel, self.world_size)
+        return {"num_replicas": mesh.streams, "rank": mesh.stream(self.global_rank)}
 
     def _zo_gather(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.world_size

@@ -33,7 +33,7 @@ class Share(NamedTuple):
 
 
 def shares(masks: Masks, trained: Sequence[Trained]) -> list[Share]:
-    """Of each layer, with masks that follow the weights taken at the weights as they are."""
+    """Of each layer, with masks that follow the weights taken at the weights as they are; of a sharded one the part that is here."""
     found = []
     for p in trained:
         count = both = 0
@@ -80,7 +80,7 @@ def _kept(masks: Masks, p: Trained) -> Iterator[Tensor]:
         if not masks.trains(p.key) or mask is None:
             yield torch.full(piece.shape, masks.trains(p.key), dtype=torch.bool, device=piece.device)
         else:
-            yield mask.keep(piece, at)
+            yield mask.keep(piece, at) if p.region is None else mask.at(p.region.index_of(at, at + len(piece), flat.device), piece)
 
 
 def table(mask: Mask, found: Sequence[Share]) -> str:

@@ -14,6 +14,8 @@ from torch import Tensor
 from zo_lightning.engine.masks.select import band, lot
 from zo_lightning.engine.messages import check_count
 from zo_lightning.engine.noise.members import Bits, Listed, Members
+from zo_lightning.engine.parameters import Trained
+from zo_lightning.engine.shards import is_sharded, whole
 
 LIST_BELOW = 0.02
 """Below this density a layer's mask is a list of its elements, fixed until the next refresh, so that cost follows what is trained."""
@@ -31,11 +33,31 @@ class Layer(NamedTuple):
     group: int = 0
     unit: float = 1.0
     least: float | None = None
+    region: None = None
 
     @property
     def block(self) -> str | None:
         """The repeated block that it is in; None outside of blocks."""
         return block_of(self.name)
+
+
+class ShardedLayer(Layer):
+    """A layer of which this process has a part: `tensor` is gathered when a rule looks at it, by all ranks alike, and kept by nobody."""
+
+    __slots__ = ()
+
+    @property
+    def tensor(self) -> Tensor:
+        """The whole parameter."""
+        part, like = self[2]
+        return whole(part, like)
+
+    @staticmethod
+    def of(p: Trained) -> Layer:
+        """The layer of a trained parameter."""
+        if not is_sharded(p.aliases[0]):
+            return Layer(p.name, p.key, p.tensor, p.group)
+        return ShardedLayer(p.name, p.key, (p.tensor.detach(), p.aliases[0]), p.group)  # type: ignore[arg-type]
 
 
 def block_of(name: str) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zo_lightning.engine.masks.rules import ByLayer, Chosen, Draw, Layer, stored
+from zo_lightning.engine.masks.rules import ByLayer, Chosen, Draw, Layer, ShardedLayer, stored
 from zo_lightning.engine.masks.select import band
 from zo_lightning.engine.messages import check_count
 from zo_lightning.engine.noise.members import Members
@@ -69,6 +69,8 @@ def _squares(losses: Callable[[], Iterable[Tensor]], layers: Sequence[Layer]) ->
     """sum_b (dL_b / dtheta)^2 of each layer, by its key."""
     if not layers:
         return {}
+    if isinstance(layers[0], ShardedLayer):
+        raise ValueError(f"Sensitive(losses=...) differentiates, and {layers[0].name!r} is sharded. Use Sensitive(steps=...).")
     tensors = [layer.tensor for layer in layers]
     batches = 0
     with host_state({tensor.device for tensor in tensors}), torch.inference_mode(False), torch.enable_grad():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zo_lightning.engine.estimators import Term
 from zo_lightning.engine.masks.plan import Mask
-from zo_lightning.engine.masks.rules import Chosen, Draw, Layer
+from zo_lightning.engine.masks.rules import Chosen, Draw, Layer, ShardedLayer
 from zo_lightning.engine.noise import Change, Noise, apply_changes
 from zo_lightning.engine.noise.members import Band, Bits, Listed, Lot, Members
 from zo_lightning.engine.parameters import Trained
@@ -73,7 +73,7 @@ class Masks:
             return False
         number, among = self.mask.number(step), frozenset(p.key for p in trained)
         last = self._last if self.measuring else self.chosen
-        layers = [Layer(p.name, p.key, p.tensor, p.group) for p in trained]
+        layers = [ShardedLayer.of(p) for p in trained]
         with torch.no_grad():
             draw = Draw(seed, number, lambda layer: self._mean(layer, noise))
             self.chosen = self.mask.make(layers, self.mask.counts(layers, step), draw) if chosen is None else chosen
@@ -95,8 +95,9 @@ class Masks:
             )
             why = late if self._measured else "all losses since the mask was due were not finite"
             raise ValueError(f"No step has measured a gradient of {layer.name!r}: {why}.")
-        total = torch.zeros(layer.tensor.numel(), device=layer.tensor.device)
-        apply_changes([layer._replace(tensor=total)], own, noise)
+        theta = layer.tensor
+        total = torch.zeros(theta.numel(), device=theta.device)
+        apply_changes([Layer(layer.name, layer.key, total, layer.group)], own, noise)
         return total.div_(len(own))
 
     @property

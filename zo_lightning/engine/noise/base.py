@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from zo_lightning.engine.noise.region import Region
 
 if TYPE_CHECKING:
     from zo_lightning.engine.noise.members import Members
@@ -28,12 +30,16 @@ class Stretch(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Where the keys of one tensor stand in a table of keys: `terms` rows for its noise, then one for its rounding if `rounded`."""
+    """Where the keys of one tensor stand in a table of keys: `terms` rows for its noise, then one for its rounding if `rounded`.
+
+    `region` tells which elements of the streams are the tensor's, where it is a part of a parameter.
+    """
 
     table: Tensor
     row: int
     terms: int
     rounded: bool
+    region: Region | None = None
 
     def key(self, term: int) -> Tensor:
         """The key, of shape (3,), of the noise of a term."""
@@ -48,6 +54,11 @@ class Drawn(NamedTuple):
         """A stretch of a term's noise; of the rounding for `term` = `terms`."""
         return Stretch(self.row + term, first, length)
 
+    def whole(self, term: int, length: int) -> list[Stretch]:
+        """The stretches of all elements of the tensor, of which there are `length`."""
+        runs = [(0, length)] if self.region is None else self.region.stretches()
+        return [Stretch(self.row + term, first, count) for first, count in runs]
+
 
 class Noise(ABC):
     """z[i] = noise(seed, parameter key, i), with E z = 0 and E z^2 = 1.
@@ -57,6 +68,8 @@ class Noise(ABC):
     """
 
     name: str
+    grain = 1 << 19
+    """A compiled pass over a part of a stream has the bits of one over all of it where the part begins and ends at multiples of this."""
 
     @abstractmethod
     def values(self, keys: Tensor, stretches: Sequence[Stretch], dtype: torch.dtype, fused: bool = False) -> Tensor:
@@ -65,14 +78,17 @@ class Noise(ABC):
         `fused` computes the hash in one compiled kernel: the same values, worth its compilation where others are compiled anyway.
         """
 
-    def together(
-        self, base: Tensor, keys: Tensor, stretches: Sequence[Stretch], decays: Sequence[float], coefficients: Sequence[float]
-    ) -> Tensor | None:
-        """decay * base + c * z over the stretches in one compiled pass, with (decay, c) of each; wide. None where there is no such kernel.
+    def joins(self, lengths: Sequence[int]) -> bool:
+        """Whether `together` is there for streams of these lengths, each from its beginning."""
+        return False
 
-        `base`, one-dimensional, has their lengths together; bit for bit the arithmetic of `values`.
+    def together(self, base: Tensor, keys: Tensor, stretches: Sequence[Stretch], steps: Sequence[Sequence[tuple[float, float]]]) -> Tensor:
+        """decay * base + c * z over the stretches in one compiled pass; wide.
+
+        Each of `steps` has a (decay, c) of each stretch, and a row of the result, of shape (steps, elements). `base`, one-dimensional, has
+        the lengths of the stretches together; bit for bit the arithmetic of `values`.
         """
-        return None
+        raise NotImplementedError
 
     @abstractmethod
     def at(self, index: Tensor, key: Tensor) -> Tensor:
@@ -94,7 +110,7 @@ class Noise(ABC):
 
 
 @functools.lru_cache(maxsize=256)
-def constants(values: float | tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def constants(values: float | tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A small tensor that nobody writes to; the same few are asked for at every tensor of a sweep."""
     return torch.tensor(values, dtype=dtype).to(device)
 

@@ -12,8 +12,10 @@ from torch import Tensor
 from zo_lightning.engine.noise.base import Drawn, Noise
 from zo_lightning.engine.noise.compiling import available
 from zo_lightning.engine.noise.flat import Small, step_flat
+from zo_lightning.engine.noise.large import compiled, flat, large
 from zo_lightning.engine.noise.members import Listed, Members
-from zo_lightning.engine.noise.sweep import SMALL, Item, compiled, compiles, elements, flat, keys_of, large, masks_of, packs
+from zo_lightning.engine.noise.region import Region
+from zo_lightning.engine.noise.sweep import SMALL, Item, elements, keys_of, masks_of, packs, worth
 
 CHUNK = 1 << 21
 """Elements of a large tensor that stay in cache together."""
@@ -31,7 +33,9 @@ class Change(NamedTuple):
 
 
 class Weights(Protocol):
-    """A tensor that changes, with its parameter's key and group, the size of its noise, its lower bound: a `parameters.Trained`."""
+    """A tensor that changes, with its parameter's key and group, the size of its noise, its lower bound, which part of the parameter it is:
+    a `parameters.Trained`.
+    """
 
     @property
     def tensor(self) -> Tensor: ...
@@ -47,6 +51,9 @@ class Weights(Protocol):
 
     @property
     def least(self) -> float | None: ...
+
+    @property
+    def region(self) -> Region | None: ...
 
 
 def step_of(change: Change, weights: Weights) -> tuple[float, tuple[float, ...]]:
@@ -78,18 +85,20 @@ def _apply(weights: Sequence[Weights], changes: Sequence[Change], noise: Noise, 
     for device in {w.tensor.device for w in weights} if changes else ():
         here = [w for w in weights if w.tensor.device == device and w.tensor.numel()]
         tensors = [w.tensor.detach() for w in here]
-        items = [Item(tensor, tensor, w.key, 1.0, (), mask=masks.get(w.key)) for w, tensor in zip(here, tensors, strict=True)]
+        items = [
+            Item(tensor, tensor, w.key, 1.0, (), mask=masks.get(w.key), region=w.region) for w, tensor in zip(here, tensors, strict=True)
+        ]
         keys = keys_of(items, [(change.seeds, change.rounding) for change in changes], device)
         each = [[_item(item, *step_of(change, w)) for w, item in zip(here, items, strict=True)] for change in changes]
         table = [[(own[i], drawn[i]) for own, drawn in zip(each, keys, strict=True)] for i in range(len(here))]
-        fused = compiles(tensors) and available(device.type)
+        fused = worth(item.numel for item in items) and available(device.type)
         small: dict[torch.dtype, list[tuple[Item, Drawn]]] = {}
         index: dict[int, list[tuple[Item, Drawn]]] = {}
         listed: dict[torch.dtype, list[list[tuple[Item, Drawn]]]] = {}
         for item, steps in zip(items, table, strict=True):
             if isinstance(item.mask, Listed):
                 listed.setdefault(item.base.dtype, []).append(steps)
-            elif item.base.numel() <= SMALL:
+            elif item.numel <= SMALL:
                 small.setdefault(item.base.dtype, []).append((item, steps[0][1]))
                 index[id(item.base)] = steps
             else:
@@ -112,7 +121,7 @@ def _nothing(item: Item) -> bool:
 
 def _large(steps: Sequence[tuple[Item, Drawn]], noise: Noise) -> None:
     first = steps[0][0]
-    if not (flat(first) and available(first.base.device.type)):
+    if first.region is not None or not (flat(first) and available(first.base.device.type)):
         for item, drawn in steps:
             if not _nothing(item):
                 large(item, drawn, noise)
@@ -130,7 +139,7 @@ def _small(tensors: Sequence[Sequence[tuple[Item, Drawn]]], noise: Noise, fused:
     outs = [steps[0][0].base for steps in tensors]
     small = Small(outs)
     values = small.gather()
-    keep = masks_of(small, [steps[0][0].mask for steps in tensors])
+    keep = masks_of(small, [steps[0][0].mask for steps in tensors], [steps[0][0].region for steps in tensors])
     for now in zip(*tensors, strict=True):
         items = [item for item, _ in now]
         if all(map(_nothing, items)):

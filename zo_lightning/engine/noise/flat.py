@@ -36,7 +36,27 @@ class Small:
 
     def scatter(self, values: Tensor, outs: Sequence[Tensor]) -> None:
         """Write the values into tensors of these shapes."""
-        torch._foreach_copy_(list(outs), _unflatten_dense_tensors(values, self.tensors))
+        whole = _whole_of(outs)
+        if whole is None:
+            torch._foreach_copy_(list(outs), _unflatten_dense_tensors(values, self.tensors))
+        else:
+            whole.copy_(values)
+
+    def both_sides(self, keys: Sequence[Drawn], coefficients: Sequence[float], noise: Noise) -> Tensor:
+        """(base + c z, base - c z), of shape (2, elements), in one compiled pass; wide."""
+        sides = [[(1.0, sign * c) for c in coefficients] for sign in (1.0, -1.0)]
+        return noise.together(self.gather(), keys[0].table, _whole(self, keys, 0), sides)
+
+
+def _whole_of(tensors: Sequence[Tensor]) -> Tensor | None:
+    """The one-dimensional tensor of which these are the pieces, one after another; None where they are not."""
+    first, end = tensors[0], tensors[0].storage_offset()
+    storage = first.untyped_storage().data_ptr()
+    for tensor in tensors:
+        if tensor.storage_offset() != end or not tensor.is_contiguous() or tensor.untyped_storage().data_ptr() != storage:
+            return None
+        end += tensor.numel()
+    return first.as_strided((end - first.storage_offset(),), (1,))
 
 
 def step_flat(
@@ -54,10 +74,9 @@ def step_flat(
     """
     table, terms = keys[0].table, keys[0].terms
     decays = [decay for decay, _ in steps]
-    if fused and terms == 1 and not keys[0].rounded and keep is None:
-        together = noise.together(base, table, _whole(small, keys, 0), decays, [c[0] for _, c in steps])
-        if together is not None:
-            return together
+    whole = all(drawn.region is None for drawn in keys)
+    if fused and whole and terms == 1 and not keys[0].rounded and keep is None and noise.joins(small.lengths):
+        return noise.together(base, table, _whole(small, keys, 0), [[(decay, c[0]) for decay, c in steps]])[0]
     drawn = (noise.values(table, _whole(small, keys, j), torch.float32, fused) for j in range(terms))
     dithered = dither(table, _whole(small, keys, terms), fused) if keys[0].rounded else None
     total = total_of(drawn, [small.spread([c[j] for _, c in steps]) for j in range(terms)], base)
@@ -96,7 +115,7 @@ def moved(
 
 
 def _whole(small: Small, keys: Sequence[Drawn], term: int) -> list[Stretch]:
-    return [drawn.stretch(term, 0, length) for drawn, length in zip(keys, small.lengths, strict=True)]
+    return [stretch for drawn, length in zip(keys, small.lengths, strict=True) for stretch in drawn.whole(term, length)]
 
 
 def _cast(scalar: float | Tensor, dtype: torch.dtype) -> float | Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from zo_lightning.engine.noise.base import Stretch, compute_dtype, constants
 from zo_lightning.engine.noise.dither import BLOCK, Dithers, dither, dither_at, lanes
 from zo_lightning.engine.noise.inside import Bounds, Inside, Lots, Plain, Ties, Words, bits_of
+from zo_lightning.engine.noise.region import Region
 from zo_lightning.engine.seeds import stream
 
 
@@ -170,9 +171,13 @@ class Bits(Members):
         return sum(int(bits_of(some.view(-1, 2)).sum()) for some in self.words.split(1 << 16))
 
     @staticmethod
-    def taken(mask: Members, theta: Tensor) -> Bits:
-        """What a mask is at these weights."""
+    def taken(mask: Members, theta: Tensor, region: Region | None = None) -> Bits:
+        """What a mask is at these weights; where they are a region of a tensor, nothing outside of it."""
         flat, step = theta.reshape(-1), 1 << 21
+        if region is not None:
+            index, keep = region.index(theta.device), torch.zeros(region.numel, dtype=torch.bool, device=theta.device)
+            keep[index] = mask.at(index, flat)
+            return Bits.of(keep)
         pieces = [Bits.of(mask.keep(flat[at : at + step], at)).words for at in range(0, flat.numel(), step)]
         return Bits(torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int32, device=theta.device))
 

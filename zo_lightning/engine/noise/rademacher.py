@@ -73,12 +73,12 @@ def _round_signs_(weights: Tensor, *how: Any) -> None:
 
 @kernel
 def _add_streams(base: Tensor, words: Tensor, c0: Tensor, owner: Tensor, keys: Tensor, scalars: Tensor) -> Tensor:
-    """For blocks of several streams, each with a key of `keys` (n, 3) and a (decay, c) of `scalars` (n, 2)."""
+    """For blocks of several streams, each with a key of `keys` (n, 3) and, in every step, a (decay, c) of `scalars` (steps, n, 2)."""
     low, high = threefry(c0, keys[owner, 2], keys[owner, 0], keys[owner, 1])
     words[0].copy_(low)
     words[1].copy_(high)
-    decay, c = scalars[owner, 0], scalars[owner, 1]
-    return base.to(scalars.dtype) * decay[:, None, None] + _signed(words, c[:, None, None])
+    decay, c = scalars[:, owner, 0], scalars[:, owner, 1]
+    return base.to(scalars.dtype) * decay[:, :, None, None] + _signed(words, c[:, :, None, None])
 
 
 @kernel
@@ -99,6 +99,7 @@ class Rademacher(Noise):
     """Independent signs. E z^2 = E z^4 = 1: exact in every dtype, and the least variance among SPSA's noises (Spall 1992)."""
 
     name = "rademacher"
+    grain = BLOCK
 
     def values(self, keys: Tensor, stretches: Sequence[Stretch], dtype: torch.dtype, fused: bool = False) -> Tensor:
         blocks = [(row, start // 64, (start + count - 1) // 64 - start // 64 + 1) for row, start, count in stretches]
@@ -107,18 +108,18 @@ class Rademacher(Noise):
         signs = _byte_signs(dtype, keys.device).index_select(0, words.view(torch.uint8).int()).view(-1)
         return pieces(signs, 64, stretches)
 
-    def together(
-        self, base: Tensor, keys: Tensor, stretches: Sequence[Stretch], decays: Sequence[float], coefficients: Sequence[float]
-    ) -> Tensor | None:
-        if any(first % BLOCK or count % BLOCK for _, first, count in stretches):
-            return None
+    def joins(self, lengths: Sequence[int]) -> bool:
+        return not any(length % BLOCK for length in lengths)
+
+    def together(self, base: Tensor, keys: Tensor, stretches: Sequence[Stretch], steps: Sequence[Sequence[tuple[float, float]]]) -> Tensor:
         device, dtype = keys.device, compute_dtype(base.dtype)
         c0, owner = layout([(row, first // BLOCK, count // BLOCK) for row, first, count in stretches], device)
-        own = keys[torch.tensor([row for row, _, _ in stretches], device=device)]
-        scalars = torch.tensor(list(zip(decays, coefficients, strict=True)), dtype=dtype).to(device)
+        rows = [row for row, _, _ in stretches]
+        own = keys if rows == list(range(len(keys))) else keys[torch.tensor(rows, device=device)]
+        scalars = constants(tuple(map(tuple, steps)), dtype, device)
         words = torch.empty(2, len(c0), dtype=torch.int32, device=device)
         moved: Tensor = _add_streams(base.view(-1, 2, 32), words, c0, owner, own, scalars)
-        return moved.view(-1)
+        return moved.view(len(steps), -1)
 
     def at(self, index: Tensor, key: Tensor) -> Tensor:
         z: Tensor = dispatch(_sign_at, index.device)(index, key)

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from zo_lightning.engine.noise.base import Drawn, Noise, compute_dtype, constants
+from zo_lightning.engine.noise.base import Drawn, Noise
 from zo_lightning.engine.noise.compiling import available
-from zo_lightning.engine.noise.dither import dither, dither_at
+from zo_lightning.engine.noise.dither import dither_at
 from zo_lightning.engine.noise.flat import Small, moved, step_flat, total_of
-from zo_lightning.engine.noise.inside import choose_into
+from zo_lightning.engine.noise.large import PACK, combine, large
 from zo_lightning.engine.noise.members import Listed, Members
-from zo_lightning.engine.noise.rounding import rounds, settle
+from zo_lightning.engine.noise.region import Region
+from zo_lightning.engine.noise.rounding import rounds
 from zo_lightning.engine.seeds import stream
 
 SMALL = 1 << 15
 """Tensors of at most this many elements are done together: their noise is generated in one go."""
 MANY = 1 << 17
 """For so many elements in small tensors alone, kernels are compiled too."""
-PACK = 1 << 19
-"""At most so many elements of noise exist at a time."""
 
 
 class Item(NamedTuple):
@@ -30,7 +30,7 @@ class Item(NamedTuple):
 
     With `rows` (int64, repetitions allowed), only these rows of a matrix need to be written; the others of a large one are not. With
     a `mask`, elements outside of it become `base`, undecayed. With `places` (int64), `out` and `base` hold these elements of the parameter
-    alone, one-dimensional.
+    alone, one-dimensional; with a `region`, those of the region, and `mask` is that of the whole parameter.
     """
 
     out: Tensor
@@ -41,6 +41,12 @@ class Item(NamedTuple):
     rows: Tensor | None = None
     mask: Members | None = None
     places: Tensor | None = None
+    region: Region | None = None
+
+    @property
+    def numel(self) -> int:
+        """Elements of the parameter, which decide how a part of it is done: as all of it would be."""
+        return self.base.numel() if self.region is None else self.region.numel
 
 
 @torch.no_grad()
@@ -57,18 +63,53 @@ def sweep(items: Sequence[Item], seeds: Sequence[int], noise: Noise, done: list[
         _sweep_device(here, keys_of(here, [(seeds, rounding)], device), noise, device, done)
 
 
+def joins(tensors: Sequence[Tensor], noise: Noise) -> bool:
+    """Whether `sweep_both` is there for these: small tensors of one kind, all at once, that are not rounded; on a device with kernels."""
+    kinds = {(tensor.dtype, tensor.device) for tensor in tensors}
+    small = len(kinds) == 1 and all(0 < tensor.numel() <= SMALL for tensor in tensors) and compiles(tensors)
+    return small and sum(t.numel() for t in tensors) <= PACK and not rounds(tensors[0].dtype) and noise.joins([t.numel() for t in tensors])
+
+
+@torch.no_grad()
+def sweep_both(items: Sequence[Item], opposite: Sequence[Tensor], seed: int, noise: Noise) -> None:
+    """`sweep`, and the same with all coefficients negated into the tensors `opposite`, for one generation of the noise.
+
+    For bases that it `joins`, on a device where kernels are compiled; undecayed, with one coefficient each, and no mask.
+    """
+    small = Small([item.base for item in items])
+    keys = keys_of(items, [((seed,), None)], small.device)[0]
+    sides = small.both_sides(keys, [item.coefficients[0] for item in items], noise)
+    small.scatter(sides[0], [item.out for item in items])
+    small.scatter(sides[1], opposite)
+
+
 def keys_of(items: Sequence[Item], changes: Sequence[tuple[Sequence[int], int | None]], device: torch.device) -> list[list[Drawn]]:
     """For each (seeds, rounding seed) the keys of each item, which are views of one table."""
+    streams = tuple((item.key, rounds(item.base.dtype), item.region) for item in items)
+    rounded = any(each for _, each, _ in streams)
+    wanted = tuple((tuple(seeds), rounding if rounded else None) for seeds, rounding in changes)
+    few = len(streams) * sum(len(seeds) + 1 for seeds, _ in wanted) <= _KEPT_KEYS
+    return (_drawn if few else _drawn.__wrapped__)(streams, wanted, device)
+
+
+_KEPT_KEYS = 1 << 12
+"""Larger tables are made anew; the sweeps of a step want the same one: both sides, and the update of weights that round nothing."""
+
+
+@functools.lru_cache(maxsize=8)
+def _drawn(
+    streams: tuple[tuple[int, bool, Region | None], ...], changes: tuple[tuple[tuple[int, ...], int | None], ...], device: torch.device
+) -> list[list[Drawn]]:
+    """The same for the (key, whether its weights are rounded, region) of each item; nobody writes to it."""
     rows: list[tuple[int, int, int]] = []
-    places: list[list[tuple[int, int, bool]]] = []
+    places: list[list[tuple[int, int, bool, Region | None]]] = []
     for seeds, rounding in changes:
         own = []
-        for item in items:
-            rounded = rounding is not None and rounds(item.base.dtype)
-            own.append((len(rows), len(seeds), rounded))
-            rows += [stream(seed, item.key) for seed in seeds]
+        for key, rounded, region in streams:
+            own.append((len(rows), len(seeds), rounded and rounding is not None, region))
+            rows += [stream(seed, key) for seed in seeds]
             if rounded and rounding is not None:
-                rows.append(stream(rounding, item.key, b"zo.round"))
+                rows.append(stream(rounding, key, b"zo.round"))
         places.append(own)
     table = torch.tensor(rows, dtype=torch.int32).reshape(-1, 3).to(device, non_blocking=True)
     return [[Drawn(table, *place) for place in own] for own in places]
@@ -77,9 +118,9 @@ def keys_of(items: Sequence[Item], changes: Sequence[tuple[Sequence[int], int | 
 def _sweep_device(items: list[Item], keys: list[list[Drawn]], noise: Noise, device: torch.device, done: list[Item]) -> None:
     small: dict[torch.dtype, list[tuple[Item, Drawn]]] = {}
     listed: dict[torch.dtype, list[tuple[Item, Drawn]]] = {}
-    fused = compiles([item.base for item in items]) and available(device.type)
+    fused = worth(item.numel for item in items) and available(device.type)
     for item, drawn in zip(items, keys[0], strict=True):
-        numel = item.base.numel()
+        numel = item.numel
         if item.places is not None or isinstance(item.mask, Listed):
             listed.setdefault(item.base.dtype, []).append((item, drawn))
             continue
@@ -102,7 +143,13 @@ def _sweep_device(items: list[Item], keys: list[list[Drawn]], noise: Noise, devi
 
 def compiles(tensors: Sequence[Tensor]) -> bool:
     """Whether a sweep over these tensors is worth compiled kernels."""
-    return any(tensor.numel() > SMALL for tensor in tensors) or sum(tensor.numel() for tensor in tensors) > MANY
+    return worth(tensor.numel() for tensor in tensors)
+
+
+def worth(sizes: Iterable[int]) -> bool:
+    """The same for parameters of these sizes."""
+    found = list(sizes)
+    return any(size > SMALL for size in found) or sum(found) > MANY
 
 
 def packs(group: Sequence[tuple[Item, Drawn]]) -> Iterator[list[tuple[Item, Drawn]]]:
@@ -130,15 +177,17 @@ def _packed(pack: Sequence[tuple[Item, Drawn]], noise: Noise, fused: bool) -> No
         [drawn for _, drawn in pack],
         noise,
         fused,
-        masks_of(small, [item.mask for item in items]),
+        masks_of(small, [item.mask for item in items], [item.region for item in items]),
     )
     small.scatter(result, [item.out for item in items])
 
 
-def masks_of(small: Small, masks: Sequence[Members | None]) -> Callable[[Tensor], Tensor] | None:
+def masks_of(small: Small, masks: Sequence[Members | None], regions: Sequence[Region | None] = ()) -> Callable[[Tensor], Tensor] | None:
     """keep(flat values) for small tensors; None where no tensor has a mask."""
     if all(mask is None for mask in masks):
         return None
+    if any(region is not None for region in regions):
+        return lambda values: torch.cat([_kept(*one) for one in zip(values.split(small.lengths), masks, regions, strict=True)])
     kinds = {type(mask) for mask in masks if mask is not None}
 
     def keep(values: Tensor) -> Tensor:
@@ -157,13 +206,10 @@ def masks_of(small: Small, masks: Sequence[Members | None]) -> Callable[[Tensor]
     return keep
 
 
-def _combine(item: Item, out: Tensor, base: Tensor, drawn: Sequence[Tensor], dithered: Tensor | None, keep: Tensor | None) -> None:
-    """out <- decay * base + sum_j c_j z_j, with z_j of the shape of `base`, rounded with `dithered`; out <- base outside `keep`."""
-    total = total_of(drawn, item.coefficients, base)
-    if dithered is None and keep is None and item.decay == 1.0 and out.shape == base.shape:
-        torch.add(base, total, out=out)
-    else:
-        out.copy_(moved(base, item.decay, total, dithered, keep, available(base.device.type)))
+def _kept(values: Tensor, mask: Members | None, region: Region | None) -> Tensor:
+    if mask is None:
+        return torch.ones(values.shape, dtype=torch.bool, device=values.device)
+    return mask.keep(values, 0) if region is None else mask.at(region.index(values.device), values)
 
 
 def _rows(item: Item, rows: Tensor, drawn: Drawn, noise: Noise) -> None:
@@ -176,7 +222,7 @@ def _rows(item: Item, rows: Tensor, drawn: Drawn, noise: Noise) -> None:
         out = torch.empty_like(base)
         dithered = dither_at(index, drawn.rounding) if drawn.rounded else None
         keep = None if item.mask is None else item.mask.at(index, base)
-        _combine(item, out, base, [noise.at(index, drawn.key(j)) for j in range(drawn.terms)], dithered, keep)
+        combine(item, out, base, [noise.at(index, drawn.key(j)) for j in range(drawn.terms)], dithered, keep)
         item.out[some] = out
 
 
@@ -185,8 +231,9 @@ def elements(listed: Sequence[tuple[Item, Drawn]], noise: Noise) -> None:
     if not listed:
         return
     items, drawn = [item for item, _ in listed], [own for _, own in listed]
-    indices = [item.places if item.places is not None else item.mask.index for item in items]  # type: ignore[union-attr]
-    bases = [item.base if item.places is not None else take(item.base, index) for item, index in zip(items, indices, strict=True)]
+    named = [item.places if item.places is not None else item.mask.index for item in items]  # type: ignore[union-attr]
+    indices, places = (list(column) for column in zip(*map(_located, items, named), strict=True))
+    bases = [item.base if item.places is not None else take(item.base, place) for item, place in zip(items, places, strict=True)]
     small, index = Small(bases), torch.cat(indices).long()
     rows = torch.tensor([own.row for own in drawn], device=small.device).repeat_interleave(torch.tensor(small.lengths, device=small.device))
     keys = [drawn[0].table[rows + j].t() for j in range(drawn[0].terms + drawn[0].rounded)]
@@ -195,13 +242,21 @@ def elements(listed: Sequence[tuple[Item, Drawn]], noise: Noise) -> None:
     total = total_of((noise.at(index, key) for key in keys[: drawn[0].terms]), coefficients, base)
     dithered = dither_at(index, keys[-1]) if drawn[0].rounded else None
     result = moved(base, small.spread([item.decay for item in items]), total, dithered, None, available(small.device.type))
-    for item, own, piece in zip(items, indices, result.split(small.lengths), strict=True):
+    for item, own, piece in zip(items, places, result.split(small.lengths), strict=True):
         if item.places is not None:
             item.out.copy_(piece)
             continue
         if item.out is not item.base:
             item.out.copy_(item.base)
         put(item.out, own, piece)
+
+
+def _located(item: Item, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Of listed elements of a parameter: the numbers of those that the item has, and where it has them."""
+    if item.region is None or item.places is not None:
+        return index, index
+    own, places = item.region.locate(index)
+    return index[own], places
 
 
 def take(tensor: Tensor, index: Tensor) -> Tensor:
@@ -213,71 +268,3 @@ def put(tensor: Tensor, index: Tensor, values: Tensor) -> None:
     """Write elements by their number in logical order."""
     where = (index.long(),) if tensor.is_contiguous() else torch.unravel_index(index.long(), tensor.shape)
     (tensor.view(-1) if tensor.is_contiguous() else tensor).index_put_(where, values.to(tensor.dtype))
-
-
-def large(item: Item, drawn: Drawn, noise: Noise) -> None:
-    """A large tensor: in one compiled pass where it can be, else in chunks of bounded size."""
-    if flat(item) and available(item.base.device.type):
-        base = item.base.detach().view(-1)
-        out = base if item.out is item.base else item.out.detach().view(-1)
-        compiled(item, out, base, 0, drawn, noise)
-        return
-    for out, base, start in _chunks(item.out, item.base, 0):
-        where = [drawn.stretch(j, start, base.numel()) for j in range(drawn.terms + drawn.rounded)]
-        values = [noise.values(drawn.table, [stretch], torch.float32).view(base.shape) for stretch in where[: drawn.terms]]
-        dithered = dither(drawn.table, where[-1:]).view(base.shape) if drawn.rounded else None
-        keep = None if item.mask is None else item.mask.keep(base, start)
-        _combine(item, out, base, values, dithered, keep)
-
-
-def flat(item: Item) -> bool:
-    """Whether both tensors are contiguous."""
-    return item.base.is_contiguous() and item.out.is_contiguous()
-
-
-def _chunks(out: Tensor, base: Tensor, start: int) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """(out, base, index of the first element) of pieces of at most PACK elements, consecutive in logical order."""
-    if base.numel() <= PACK:
-        yield out, base, start
-        return
-    if base.is_contiguous() and out.is_contiguous():
-        flat_out, flat_base = out.view(-1), base.view(-1)
-        for at in range(0, base.numel(), PACK):
-            yield flat_out[at : at + PACK], flat_base[at : at + PACK], start + at
-        return
-    row = base[0].numel()
-    step = max(1, PACK // row)
-    for at in range(0, base.shape[0], step):
-        piece = slice(at, at + step)
-        if row > PACK:
-            yield from _chunks(out[at], base[at], start + at * row)
-        else:
-            yield out[piece], base[piece], start + at * row
-
-
-def compiled(item: Item, out: Tensor, base: Tensor, start: int, drawn: Drawn, noise: Noise) -> None:
-    """One fused pass over flat tensors for one term; several terms are summed first, in a buffer of bounded size.
-
-    `out` and `base` (which may be one object) are the part of the item that begins at element `start`, a multiple of 2**19.
-    """
-    dtype, device = compute_dtype(base.dtype), base.device
-    if len(item.coefficients) == 1:
-        c = item.coefficients[0]
-        if drawn.rounded:
-            noise.add_rounded(out, base, drawn.key(0), drawn.rounding, start, constants((item.decay - 1.0, c), dtype, device), item.mask)
-        else:
-            noise.add(out, base, drawn.key(0), start, constants((item.decay, c), dtype, device), item.mask)
-        return
-    for at in range(0, base.numel(), PACK):
-        part = slice(at, at + PACK)
-        piece, target = base[part], out[part]
-        total = torch.zeros(piece.numel(), dtype=dtype, device=device)
-        for j, c in enumerate(item.coefficients):
-            noise.add(total, total, drawn.key(j), start + at, constants((1.0, c), dtype, device))
-        if drawn.rounded:
-            shrink = constants(item.decay - 1.0, dtype, device)
-            settle(target, target if out is base else piece, total, drawn.rounding, start + at, shrink, item.mask)
-        elif item.mask is None:
-            target.copy_(moved(piece, item.decay, total, None, None, fused=True))
-        else:
-            choose_into(target, piece, moved(piece, item.decay, total, None, None, fused=True), item.mask, start + at)

@@ -16,6 +16,7 @@ from zo_lightning.engine.noise.changes import hold, step_of
 from zo_lightning.engine.noise.members import Members
 from zo_lightning.engine.parameters import Trained
 from zo_lightning.engine.residency.masters import Masters
+from zo_lightning.engine.shards import device_of
 from zo_lightning.engine.signals import held
 
 
@@ -28,6 +29,8 @@ class Residency(ABC):
     """The trained tensors of a model and the noise; `eps` is read anew from the groups for each step."""
 
     name: str
+    places_weights = False
+    """Whether it places weights, also frozen ones, itself: `keeps` then tells which of them are where it put them."""
     retired = False
     """Whether another residency has taken the weights over, so that this one can't be used any more."""
 
@@ -46,6 +49,9 @@ class Residency(ABC):
     @abstractmethod
     def at(self, point: Displacement, eps: Sequence[float]) -> AbstractContextManager[None]:
         """Inside it, forward passes see theta + sum_j m_j eps z(s_j); `eps` has one value a group."""
+
+    def expect(self, points: Sequence[Displacement]) -> None:  # noqa: B027
+        """In the session that has begun, `at` will be called for these, in this order."""
 
     def reached(self) -> bool:
         """Whether the evaluations so far could see a perturbation at all."""
@@ -67,7 +73,7 @@ class Residency(ABC):
             items, moved = [], self.masters.instead_of(moving)
             for p in moved:
                 weights = p.tensor.detach()
-                items.append(Item(weights, weights, p.key, *step_of(change, p), mask=self.mask_of(p)))
+                items.append(Item(weights, weights, p.key, *step_of(change, p), mask=self.mask_of(p), region=p.region))
             sweep(items, change.seeds, self.noise, rounding=change.rounding)
             hold(moved)
             self.masters.write_back()
@@ -83,14 +89,14 @@ class Residency(ABC):
 
     def devices(self) -> set[torch.device]:
         """Those that forward passes use."""
-        return {p.tensor.device for p in self.trained}
+        return {device_of(p.aliases[0]) for p in self.trained}
 
     def steady(self) -> list[Trained]:
         """Those to which updates are made at once."""
         return self.trained
 
     def keeps(self, tensor: Tensor) -> bool:
-        """Whether it was the residency that put a parameter where it is now, so that it has not been replaced."""
+        """Whether it was the residency that put a parameter where it is now, so that it has not been replaced (if it `places_weights`)."""
         return False
 
     def settled(self) -> AbstractContextManager[None]:
@@ -139,7 +145,18 @@ class Residency(ABC):
         rows: Tensor | None = None,
     ) -> list[Item]:
         """Items that write theta + sum_j m_j eps z(s_j) into `outs`, into some rows of them where `rows` is given."""
+        mask_of = (lambda p: None) if self.masks.chosen is None else self.mask_of
+        multiples = [multiple for _, multiple in point]
         return [
-            Item(out, p.tensor.detach(), p.key, 1.0, tuple(multiple * eps_of(p, eps) for _, multiple in point), rows, self.mask_of(p))
+            Item(
+                out,
+                p.tensor.detach(),
+                p.key,
+                1.0,
+                tuple([multiple * eps_of(p, eps) for multiple in multiples]),
+                rows,
+                mask_of(p),
+                region=p.region,
+            )
             for p, out in zip(parameters, outs, strict=True)
         ]

@@ -11,13 +11,17 @@ from zo_lightning.engine.noise import Noise
 from zo_lightning.engine.parameters import Trained, total_bytes
 from zo_lightning.engine.residency.base import Residency
 from zo_lightning.engine.residency.exact import Exact
+from zo_lightning.engine.residency.gathered import residency_of_shards
 from zo_lightning.engine.residency.inplace import InPlace
 from zo_lightning.engine.residency.offloaded import Offload, Offloaded
 from zo_lightning.engine.residency.scratch import Copy
 from zo_lightning.engine.residency.units import Unit, compiled_part, is_compiled, repeated_blocks
+from zo_lightning.engine.shards import fsdp_modules, is_sharded
 
 SMALL_BYTES = 16 << 20
 """Trainable sets up to this size are copied whole."""
+
+_UNKNOWN = "the module that gathers it must be known. Pass it as ZOOptimizer(model, ...) or module=model"
 
 WEIGHTS: dict[str, object] = {"auto": None, "exact": Exact, "copy": Copy, "inplace": InPlace}
 
@@ -29,11 +33,17 @@ def build_residency(
 
     `before` is the one whose place it takes. Raises ValueError for an unknown name, and for "exact" without a module.
     """
+    sharded = next((p.name for p in trained if is_sharded(p.aliases[0])), None)
+    if sharded is not None and (module is None or isinstance(weights, Offload)):
+        what = f"weights={weights!r} streams whole tensors; shards rest on the CPU by fully_shard(offload_policy=CPUOffloadPolicy())"
+        raise ValueError(f"Parameter {sharded!r} is sharded: {_UNKNOWN if module is None else what}.")
     if isinstance(weights, Offload):
         if module is None:
             raise ValueError(f"weights={weights!r} needs the model: pass it as ZOOptimizer(model, ...) or module=model.")
         return Offloaded(module, trained, noise, weights, before)
     kind = choose("weights", weights, WEIGHTS, "an Offload")
+    if sharded is not None and module is not None and fsdp_modules(module):
+        return residency_of_shards(str(weights), module, trained, noise)
     if kind is None:
         return _auto(module, trained, noise)
     if kind is Exact:
@@ -46,7 +56,7 @@ def build_residency(
 
 
 def _auto(module: nn.Module | None, trained: Sequence[Trained], noise: Noise) -> Residency:
-    size = total_bytes(p.tensor for p in trained)
+    size = sum(p.numel * p.tensor.element_size() for p in trained)
     whole = total_bytes(module.parameters()) if module is not None else size
     if size <= SMALL_BYTES or size * 20 <= whole:
         return Copy(module, trained, noise)

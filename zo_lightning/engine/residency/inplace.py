@@ -86,7 +86,7 @@ class InPlace(Residency):
         if not isinstance(mask, Band):
             return mask
         if p.key not in self._bits:
-            self._bits[p.key] = Bits.taken(mask, p.tensor.detach())
+            self._bits[p.key] = Bits.taken(mask, p.tensor.detach(), p.region)
         return self._bits[p.key]
 
     def reenact(self, passes: bytes, points: Sequence[Displacement], eps: Sequence[float]) -> None:
@@ -118,7 +118,7 @@ class InPlace(Residency):
             for seed, c in zip(change.seeds, coefficients, strict=True):
                 total[seed] = total.get(seed, 0.0) + c
             weights = p.tensor.detach()
-            item = Item(weights, weights, p.key, decay, tuple(total.get(seed, 0.0) for seed in every), mask=self._mask(p))
+            item = Item(weights, weights, p.key, decay, tuple(total.get(seed, 0.0) for seed in every), mask=self._mask(p), region=p.region)
             if decay != 1.0 or any(item.coefficients):
                 items.append(item)
         with self.still(), held():
@@ -136,7 +136,7 @@ class InPlace(Residency):
         for p in self.moving(self.trained):
             weights = p.tensor.detach()
             coefficients = tuple(multiple * eps_of(p, eps) for multiple in change.values())
-            items.append(Item(weights, weights, p.key, 1.0, coefficients, mask=self._mask(p)))
+            items.append(Item(weights, weights, p.key, 1.0, coefficients, mask=self._mask(p), region=p.region))
         done: list[Item] = []
         with held():
             try:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -14,6 +15,14 @@ from zo_lightning.engine.parameters import Trained
 from zo_lightning.engine.residency.running import OpenModules
 from zo_lightning.engine.residency.swap import Swap
 from zo_lightning.engine.residency.units import Unit
+
+
+class Ahead(NamedTuple):
+    """Perturbed weights of the next point, which were written with those of the one before, and what gives their memory back."""
+
+    point: Displacement
+    outs: list[Tensor]
+    give_back: Callable[[], None]
 
 
 @dataclass
@@ -26,6 +35,9 @@ class Lane:
     """By id of a weight that points to scratch: the weight, the places of its base, where it points to."""
     ready: dict[int, Tensor] = field(default_factory=dict)
     """Perturbed weights that were written before any module asked for them."""
+    expected: Sequence[Displacement] = ()
+    """The points of the session, in their order."""
+    ahead: Ahead | None = None
     swap: Swap | None = None
     displaced: bool = False
     """Whether the listed elements of `swap` are to be displaced when it goes on."""

@@ -39,7 +39,7 @@ class Masters:
         self._waiting = []
         groups: dict[tuple[torch.device, torch.dtype], list[Trained]] = {}
         for p in trained:
-            if has_master(p.tensor) and p.tensor.numel():
+            if has_master(p.tensor) and p.numel:
                 groups.setdefault((p.tensor.device, p.tensor.dtype), []).append(p)
         masters: dict[int, Tensor] = {}
         for (device, dtype), vectors in groups.items():

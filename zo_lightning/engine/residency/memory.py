@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,15 @@ Place = tuple[torch.device, torch.dtype]
 
 _ALIGN = 64
 """Bytes. Matrix kernels may round differently on unaligned memory; scratch is aligned as allocations are."""
+
+
+class _Known(NamedTuple):
+    """What was taken before: the same tensors are taken at every evaluation, and find the same places free."""
+
+    forms: list[tuple[Place, torch.Size, tuple[int, ...]]]
+    sizes: dict[Place, int]
+    outs: dict[tuple[int, ...], list[Tensor]]
+    """By the addresses where the memory of each kind begins."""
 
 
 class Scratch:
@@ -33,23 +43,36 @@ class Scratch:
         self._top: Counter[Place] = Counter()
         self._taken: Counter[Place] = Counter()
         self._free: dict[tuple[Place, int], list[Tensor]] = {}
+        self._known: dict[tuple[Trained, ...], _Known] = {}
 
     def take(self, parameters: Sequence[Trained], beside: bool = False) -> tuple[list[Tensor], Callable[[], None]]:
         """Uninitialised tensors like `parameters`, on the stack or `beside` it, and what gives their memory back."""
-        parts = {place: self._reserve(place, wanted, beside) for place, wanted in self._sizes(parameters).items()}
-        at = {place: begin for place, (_, begin, _) in parts.items()}
+        together = tuple(parameters)
+        forms = [(self._place(p), p.tensor.shape, p.tensor.stride()) for p in together]
+        known = self._known.get(together)
+        if known is None or known.forms != forms:
+            known = self._known[together] = _Known(forms, self._sizes(together), {})
+        parts = {place: self._reserve(place, wanted, beside) for place, wanted in known.sizes.items()}
+
+        def give_back() -> None:
+            for _, _, release in parts.values():
+                release()
+
+        starts = tuple(buffer.data_ptr() + begin * buffer.element_size() for buffer, begin, _ in parts.values())
+        if starts not in known.outs:
+            known.outs[starts] = self._views(together, {place: (buffer, begin) for place, (buffer, begin, _) in parts.items()})
+        return known.outs[starts], give_back
+
+    def _views(self, parameters: Sequence[Trained], parts: dict[Place, tuple[Tensor, int]]) -> list[Tensor]:
+        """Tensors like `parameters`, one after another from where the (buffer, first element) of their place say."""
+        at = {place: begin for place, (_, begin) in parts.items()}
         outs = []
         for p in parameters:
             tensor, place = p.tensor, self._place(p)
             begin, numel = at[place], tensor.numel()
             outs.append(like(tensor, parts[place][0][begin : begin + numel]))
             at[place] = begin + _rounded(tensor, numel)
-
-        def give_back() -> None:
-            for _, _, release in parts.values():
-                release()
-
-        return outs, give_back
+        return outs
 
     def _reserve(self, place: Place, wanted: int, beside: bool) -> tuple[Tensor, int, Callable[[], None]]:
         """(buffer, index of the first element in it, what gives it back)."""

@@ -55,6 +55,7 @@ class Offloaded(Stamped):
     """
 
     device: torch.device
+    places_weights = True
     keep_after = 1 << 62  # scratch of every unit would be the whole model
 
     def __init__(

@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes, _len_torch_dispatch_stack
 
 from zo_lightning.engine.estimators import Displacement
-from zo_lightning.engine.noise import Noise, sweep
+from zo_lightning.engine.noise import Noise, joins, sweep, sweep_both
+from zo_lightning.engine.noise.compiling import available
 from zo_lightning.engine.noise.members import Listed
 from zo_lightning.engine.parameters import Trained
 from zo_lightning.engine.residency.base import Residency
-from zo_lightning.engine.residency.lane import Lane
+from zo_lightning.engine.residency.lane import Ahead, Lane
 from zo_lightning.engine.residency.memory import Scratch
 from zo_lightning.engine.residency.swap import Swap
 from zo_lightning.engine.residency.turns import Turns
+from zo_lightning.engine.shards import place, placed
 from zo_lightning.engine.signals import held
 
 
@@ -90,6 +92,8 @@ class OnScratch(Residency):
 
     def _dense(self, parameters: Sequence[Trained]) -> list[Trained]:
         """Those that need scratch: of the others the mask trains nothing, or a list of elements."""
+        if self.masks.chosen is None:
+            return list(parameters)
         return [p for p in parameters if self.masks.trains(p.key) and not isinstance(self.masks.of(p.key), Listed)]
 
     @contextmanager
@@ -107,7 +111,8 @@ class OnScratch(Residency):
         """Inside it, listed elements are displaced in the weights themselves, wherever these are read; in a session they stay so until the
         next point.
         """
-        listed = [(p, mask) for p in self.steady() if isinstance(mask := self.mask_of(p), Listed)] if point else []
+        masked = self.steady() if point and self.masks.chosen is not None else ()
+        listed = [(p, mask) for p in masked if isinstance(mask := self.mask_of(p), Listed)]
         if not listed or not point:
             self._go_home()
             yield
@@ -144,17 +149,17 @@ class OnScratch(Residency):
         """Inside it, `parameters` point to `outs`."""
         self._lane.materialized += 1
         with _without_modes():
-            bases = [[alias.data for alias in p.aliases] for p in parameters]
+            bases = [[placed(alias) for alias in p.aliases] for p in parameters]
         try:
             for p, base, out in zip(parameters, bases, outs, strict=True):
                 self._lane.away[id(p)] = (p, base, out)
                 for alias in p.aliases:
-                    alias.data = out
+                    place(alias, out)
             yield
         finally:
             for p, base in zip(parameters, bases, strict=True):
                 for alias, data in zip(p.aliases, base, strict=True):
-                    alias.data = data
+                    place(alias, data)
                 self._lane.away.pop(id(p), None)
 
     def _pointed_home(self, parameters: Sequence[Trained]) -> AbstractContextManager[None]:
@@ -170,14 +175,34 @@ def _without_modes() -> AbstractContextManager[Any]:
 
 
 def _point(parameter: Trained, places: Sequence[Tensor]) -> None:
-    for alias, place in zip(parameter.aliases, places, strict=True):
-        alias.data = place
+    for alias, where in zip(parameter.aliases, places, strict=True):
+        place(alias, where)
 
 
 class Copy(OnScratch):
-    """What is trained as one block: right for small trainable sets, for it needs that much memory again."""
+    """What is trained as one block: right for small trainable sets, for it needs that much memory again.
+
+    Very small ones, of which Python takes longer than arithmetic, are written for a point and its opposite at once: twice that memory.
+    """
 
     name = "copy"
+
+    def expect(self, points: Sequence[Displacement]) -> None:
+        self._lane.expected = points
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        try:
+            with super().session():
+                yield
+        finally:
+            self._lane.expected = ()
+            if (ahead := self._take_ahead()) is not None:
+                ahead.give_back()
+
+    def _take_ahead(self) -> Ahead | None:
+        ahead, self._lane.ahead = self._lane.ahead, None
+        return ahead
 
     @contextmanager
     def at(self, point: Displacement, eps: Sequence[float]) -> Iterator[None]:
@@ -185,5 +210,43 @@ class Copy(OnScratch):
             if not point:
                 yield
                 return
-            with self._swapped(point, eps), self._materialized(self.trained, point, eps):
+            with self._swapped(point, eps), self._written(point, eps), self._materialized(self.trained, point, eps):
                 yield
+
+    @contextmanager
+    def _written(self, point: Displacement, eps: Sequence[float]) -> Iterator[None]:
+        """Inside it, what is written for this point already is ready."""
+        here = self._dense(self.trained)
+        ahead = self._take_ahead()
+        if ahead is not None and ahead.point != point:
+            ahead.give_back()
+            ahead = None
+        ahead = ahead or self._write_both(here, point, eps)
+        if ahead is None:
+            yield
+            return
+        self._lane.ready.update((id(p), out) for p, out in zip(here, ahead.outs, strict=True))
+        try:
+            yield
+        finally:
+            self._lane.ready.clear()
+            ahead.give_back()
+
+    def _write_both(self, here: Sequence[Trained], point: Displacement, eps: Sequence[float]) -> Ahead | None:
+        """Write this point and its opposite, if that comes next and both fit into one pass; the opposite is kept as what is ahead."""
+        expected = self._lane.expected
+        after = expected[expected.index(point) + 1 :] if point in expected else ()
+        if len(point) != 1 or not after or after[0] != ((point[0][0], -point[0][1]),) or self.masks.chosen is not None:
+            return None
+        if (
+            any(p.region is not None for p in here)
+            or not joins([p.tensor for p in here], self.noise)
+            or not available(here[0].tensor.device.type)
+        ):
+            return None
+        outs, give_back = self._scratch.take(here)
+        opposite, give_back_opposite = self._scratch.take(here)
+        with _without_modes():
+            sweep_both(self.displaced(here, outs, point, eps), opposite, point[0][0], self.noise)
+        self._lane.ahead = Ahead(after[0], opposite, give_back_opposite)
+        return Ahead(point, outs, give_back)

@@ -21,17 +21,18 @@ class Swap:
 
     def __init__(self, parameters: Sequence[tuple[Trained, Listed]]) -> None:
         self._parameters = list(parameters)
-        self._base = [take(p.tensor.detach(), mask.index) for p, mask in parameters]
+        located = [(mask.index, mask.index) if p.region is None else p.region.locate(mask.index) for p, mask in parameters]
+        self._places = [places for _, places in located]
+        """Of the listed elements that are here: where they are."""
+        self._index = [index if p.region is None else mask.index[index] for (index, _), (p, mask) in zip(located, parameters, strict=True)]
+        self._base = [take(p.tensor.detach(), places) for (p, _), places in zip(parameters, self._places, strict=True)]
         self.displaced = [torch.empty_like(base) for base in self._base]
         """The values of the next point."""
         self.away = False
 
     def compact(self, items: Sequence[Item]) -> list[Item]:
         """Items of whole weights, as items of what is listed of them: they write `displaced`, and touch no weight."""
-        return [
-            item._replace(base=base, mask=None, places=mask.index)
-            for item, base, (_, mask) in zip(items, self._base, self._parameters, strict=True)
-        ]
+        return [item._replace(base=base, mask=None, places=index) for item, base, index in zip(items, self._base, self._index, strict=True)]
 
     def leave(self) -> None:
         """Write the displaced values into the weights."""
@@ -45,5 +46,5 @@ class Swap:
             self.away = False
 
     def _write(self, values: Sequence[Tensor]) -> None:
-        for (p, mask), own in zip(self._parameters, values, strict=True):
-            put(p.tensor.detach(), mask.index, own)
+        for (p, _), places, own in zip(self._parameters, self._places, values, strict=True):
+            put(p.tensor.detach(), places, own)

@@ -109,6 +109,8 @@ def rows_read(unit: Unit, args: Any) -> Tensor | None:
     module = unit.module
     if type(module) is not nn.Embedding or module.max_norm is not None or is_compiled(module) or len(unit.parameters) != 1:
         return None
+    if unit.parameters[0].region is not None:
+        return None
     if len(module._forward_hooks) > 1 or len(module._forward_pre_hooks) > 1:  # one of each is ours
         return None
     if len(args) != 1 or not isinstance(args[0], Tensor) or 2 * args[0].numel() > module.num_embeddings:

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 from zo_lightning.engine.noise.compiling import available
 from zo_lightning.engine.noise.sweep import compiles
 from zo_lightning.engine.parameters import Trained
+from zo_lightning.engine.shards import is_sharded, local
 
 
 class ReadWatch(TorchDispatchMode):
@@ -80,6 +81,9 @@ class ReadWatch(TorchDispatchMode):
 
     def _read(self, tensor: Tensor) -> Tensor:
         """What is read in its place."""
+        if is_sharded(tensor):
+            self._read(local(tensor))
+            return tensor
         if is_traceable_wrapper_subclass(tensor):
             for name in tensor.__tensor_flatten__()[0]:
                 self._read(getattr(tensor, name))

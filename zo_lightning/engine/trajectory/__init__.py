@@ -8,7 +8,7 @@ from zo_lightning.engine.trajectory.frames import LogError
 from zo_lightning.engine.trajectory.keeper import Trajectory
 from zo_lightning.engine.trajectory.log import Log, read_log
 from zo_lightning.engine.trajectory.records import Checkpoint, End, Mark, ParameterEntry, Segment
-from zo_lightning.engine.trajectory.replay import Verification, replay, undo, verify
+from zo_lightning.engine.trajectory.replay import Verification, heal, replay, undo, verify
 from zo_lightning.engine.trajectory.weights import load_base, save_base
 from zo_lightning.engine.trajectory.writer import LogWriter
 from zo_lightning.engine.updates import GroupSettings as Settings
@@ -31,6 +31,7 @@ __all__ = [
     "export",
     "fingerprint",
     "frozen_fingerprint",
+    "heal",
     "load",
     "load_base",
     "read_log",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zo_lightning.engine.estimators import ADDED
 from zo_lightning.engine.noise.compiling import available
 from zo_lightning.engine.parameters import Trained
 from zo_lightning.engine.trajectory.fingerprint import dtype_name
@@ -47,11 +48,15 @@ def describe(optimizer: ZOOptimizer, fingerprint: str, frozen: str, base: str | 
 
 
 def _entry(p: Trained) -> ParameterEntry:
-    return ParameterEntry(p.name, tuple(p.tensor.shape), dtype_name(p.tensor.dtype), p.group, p.unit, p.least)
+    return ParameterEntry(p.name, p.shape, dtype_name(p.tensor.dtype), p.group, p.unit, p.least)
 
 
 def _options(part: Any) -> dict[str, Any]:
-    return dataclasses.asdict(part) if dataclasses.is_dataclass(part) and not isinstance(part, type) else {}
+    """Its fields; of those that came later only what is not as it was before."""
+    if not dataclasses.is_dataclass(part) or isinstance(part, type):
+        return {}
+    before = {field.name for field in dataclasses.fields(part) if field.metadata.get(ADDED) and getattr(part, field.name) == field.default}
+    return {name: value for name, value in dataclasses.asdict(part).items() if name not in before}
 
 
 def _short(value: object) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zo_lightning.engine.parameters import Scale, Trained, canonical_names
+from zo_lightning.engine.shards import is_sharded, local, whole
 from zo_lightning.engine.trajectory.encoding import canonical
 
 _PIECE = 1 << 22
@@ -25,19 +26,22 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """64 hexadecimal digits; independent of the order, of strides and of the device."""
+    """64 hexadecimal digits; independent of the order, of strides and of the device. Sharded tensors are gathered, by all ranks."""
     names = sorted(tensors)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        digests = list(pool.map(_digest, [tensors[name] for name in names]))
-    whole = hashlib.blake2b(digest_size=32, person=b"zo.fingerprint")
+    if any(is_sharded(tensor) for tensor in tensors.values()):  # one after another, and in the same order everywhere
+        digests = [_digest(whole(local(tensors[name]).detach(), tensors[name])) for name in names]
+    else:
+        with ThreadPoolExecutor(_THREADS) as pool:
+            digests = list(pool.map(_digest, [tensors[name] for name in names]))
+    together = hashlib.blake2b(digest_size=32, person=b"zo.fingerprint")
     for name, digest in zip(names, digests, strict=True):
-        whole.update(canonical([name, list(tensors[name].shape), dtype_name(tensors[name].dtype), digest]) + b"\n")
-    return whole.hexdigest()
+        together.update(canonical([name, list(tensors[name].shape), dtype_name(tensors[name].dtype), digest]) + b"\n")
+    return together.hexdigest()
 
 
 def trained_fingerprint(trained: Sequence[Trained]) -> str:
     """Of the trained weights; tied ones count once."""
-    return fingerprint({p.name: p.tensor for p in trained})
+    return fingerprint({p.name: p.aliases[0] if is_sharded(p.aliases[0]) else p.tensor for p in trained})
 
 
 def frozen_fingerprint(module: nn.Module, trained: Sequence[Trained]) -> str:
@@ -58,7 +62,7 @@ def frozen_fingerprint(module: nn.Module, trained: Sequence[Trained]) -> str:
 
 def _parts(name: str, tensor: Tensor, left_out: Set[str]) -> Iterator[tuple[str, Tensor]]:
     """A tensor, or the tensors inside a wrapper of several but those whose parameters are `left_out`."""
-    if not is_traceable_wrapper_subclass(tensor):
+    if is_sharded(tensor) or not is_traceable_wrapper_subclass(tensor):
         yield name, tensor
         return
     for inner in tensor.__tensor_flatten__()[0]:

@@ -13,6 +13,7 @@ from zo_lightning.engine.journal import Journal, StepRecord, Unrecorded
 from zo_lightning.engine.masks.rules import Chosen
 from zo_lightning.engine.messages import say_once
 from zo_lightning.engine.offload.stamps import Moment
+from zo_lightning.engine.shards import any_sharded, part
 from zo_lightning.engine.trajectory.atomic import explained
 from zo_lightning.engine.trajectory.changed import State, Watch, same
 from zo_lightning.engine.trajectory.comparing import NAME, describe, differs, noted_path
@@ -82,7 +83,7 @@ class Trajectory(Journal):
         continue; True also continues one that ended by itself, and raises ValueError where there is none; False always begins a new one.
         OSError where the folder can't be written, LogError for a damaged log.
         """
-        points = len(optimizer.estimator.points(lambda query: query))
+        points = len(optimizer.estimator.points(lambda query: query)) + len(optimizer.estimator.along)
         if optimizer.residency.name == "inplace" and points > MAX_POINTS:
             raise ValueError(
                 f'A step log of weights="inplace" notes moves between at most {MAX_POINTS} points, and this estimator evaluates {points}. '
@@ -90,8 +91,10 @@ class Trajectory(Journal):
             )
         exchange = optimizer.exchange
         first = exchange.rank == 0
-        log = self._continuable(optimizer, resume) if first else None
-        log = exchange.share(log)
+        if any_sharded(optimizer.residency.trained):  # all ranks look at the weights together
+            log = self._continuable(optimizer, resume, exchange.share(self._known(resume) if first else None))
+        else:
+            log = exchange.share(self._continuable(optimizer, resume, self._known(resume)) if first else None)
         if log is None:
             self._create(optimizer, first)
         else:
@@ -99,19 +102,22 @@ class Trajectory(Journal):
         self._optimizer, optimizer.journal = optimizer, self
         self.remember(optimizer)
 
-    def _continuable(self, optimizer: ZOOptimizer, resume: bool | str) -> Log | None:
-        """The log to go on with; its last segments and steps alone are looked at."""
+    def _known(self, resume: bool | str) -> Log | None:
+        """The log that is there, unless it is not to be gone on with."""
         if resume not in (True, False, "auto"):
             raise ValueError(f"Invalid resume: {resume!r}. Use 'auto', True (only go on), or False (always begin anew).")
+        return read_log(self.path) if resume is not False and self.path.exists() else None
+
+    def _continuable(self, optimizer: ZOOptimizer, resume: bool | str, log: Log | None) -> Log | None:
+        """The log to go on with, if it can be; its last segments and steps alone are looked at."""
         problem: str | None = "there is no log in it"
-        if resume is not False and self.path.exists():
-            log = read_log(self.path)
+        if log is not None:
             problem = self._differs(optimizer, log, ended=resume is True)
             if problem is None:
                 return log
         if resume is True:
             raise ValueError(f"resume=True, but the run in {self.folder} can't be continued: {problem}. Use resume='auto' to begin anew.")
-        if resume == "auto" and self.path.exists():
+        if resume == "auto" and log is not None:
             say_once(f"trajectory.{self.path}", f"A new step log begins in {self.folder}; the old one is kept, because {problem}.")
         return None
 
@@ -163,12 +169,13 @@ class Trajectory(Journal):
 
     def _load(self, optimizer: ZOOptimizer, segment: Segment) -> bool:
         """Give the optimizer the weights that a segment begins with, from its file."""
-        loaded, goals = base_of(segment, self.folder), {p.name: p.tensor for p in optimizer.residency.trained}
+        loaded, goals = base_of(segment, self.folder), {p.name: p for p in optimizer.residency.trained}
         if loaded is None or goals.keys() != {p.name for p in loaded}:
             return False
         with optimizer.residency.settled(), torch.inference_mode(False), torch.no_grad():
             for source in loaded:
-                goals[source.name].copy_(source.tensor)
+                goal = goals[source.name]
+                goal.tensor.copy_(part(source.tensor, goal.region).view(goal.tensor.shape))
         return True
 
     def _continue(self, optimizer: ZOOptimizer, log: Log, first: bool) -> None:
@@ -177,7 +184,7 @@ class Trajectory(Journal):
             optimizer.masters.clear()
         if first:
             self._writer = LogWriter.open(self.path, fsync=self._fsync)
-        else:
+        elif not any_sharded(optimizer.residency.trained):  # these have looked together
             self._stands(optimizer, log)
         self._segment, self._residency = log.segments[-1], optimizer.residency
         self._bases = [segment.base for segment in log.segments if segment.base is not None]
@@ -215,9 +222,9 @@ class Trajectory(Journal):
                 self.folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise explained(error, f"The folder {self.folder} of the step log could not be made", self.folder) from error
-        if base is not None and first:
+        if base is not None and (first or any_sharded(trained)):
             with optimizer.residency.settled():
-                save_base(self.folder / base, trained)
+                save_base(self.folder / base, trained, writing=first)
         optimizer.masters.clear()  # a replay begins with the weights alone
         return describe(optimizer, fingerprint, frozen, base)
 
@@ -336,7 +343,7 @@ class Trajectory(Journal):
         """A checkpoint is about to be written: note the fingerprint of the weights that it will hold."""
         if not self.behind:
             self.look(optimizer, _evaluated(optimizer), updating=False)
-        if self._writer is not None and not self.behind:
+        if self._knows(optimizer):
             self._note(Mark(optimizer.steps, _fingerprint(optimizer)))
 
     def checkpoint(self, optimizer: ZOOptimizer, path: str, host: str) -> None:
@@ -358,8 +365,12 @@ class Trajectory(Journal):
         """The run ended by itself."""
         if not self.behind:
             self.look(optimizer, _evaluated(optimizer), updating=False)
-        if self._writer is not None and not self.behind:
+        if self._knows(optimizer):
             self._note(End(optimizer.steps, _fingerprint(optimizer)))
+
+    def _knows(self, optimizer: ZOOptimizer) -> bool:
+        """Whether to take a fingerprint now, for the log; of shards all ranks do, for one of them to write."""
+        return not self.behind and (self._writer is not None or any_sharded(optimizer.residency.trained))
 
     def _note(self, record: Record) -> None:
         if self._writer is not None and record.step == self._writer.history.next_step:

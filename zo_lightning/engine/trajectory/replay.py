@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from zo_lightning.engine.trajectory.records import Checkpoint, End, Mark, MaskRe
 from zo_lightning.engine.trajectory.steps import Stepper
 from zo_lightning.engine.trajectory.targets import Target, match, module_of, noise_of
 from zo_lightning.engine.trajectory.weights import load_base
+
+if TYPE_CHECKING:
+    from zo_lightning.engine.optimizer import ZOOptimizer
 
 Source = Log | str | os.PathLike[str]
 Base = Mapping[str, Tensor] | str | os.PathLike[str]
@@ -77,13 +80,32 @@ def undo(target: Target, log: Source, to_step: int, base: Base | None = None) ->
     Raises ValueError, and changes nothing, where there is no base, or it is in none of the log's states up to `to_step`.
     """
     log = _read(log)
-    end = end_of(log, to_step)
+    follow, start = _from_base(target, log, end := end_of(log, to_step), base)
+    return follow.run(start, end).step
+
+
+def heal(optimizer: ZOOptimizer, log: Source) -> None:
+    """Give a running optimizer what its run should have after `optimizer.steps` steps: weights, float32 masters, and the mask.
+
+    From a base that the log has, as of `undo`. Raises ValueError, and changes nothing, where there is none, and what `replay` does.
+    """
+    log = _read(log)
+    end = end_of(log, optimizer.steps)
+    with optimizer.residency.settled():
+        follow, start = _from_base(optimizer, log, end, None)
+        follow.run(start, end)
+        follow.hand_over(optimizer)
+    optimizer.journal.remember(optimizer)
+
+
+def _from_base(target: Target, log: Log, end: int, base: Base | None) -> tuple[_Follow, Anchor]:
+    """With the weights of a base, and where it stands in the log."""
     if base is None:
         base = _own_base(log, end)
     tensors = dict(base) if isinstance(base, Mapping) else load_base(base)
     start = locate(tensors, log, end)
     _copy(match(tensors, start.segment), match(target, start.segment))
-    return _Follow(target, log, checking=False).run(start, end).step
+    return _Follow(target, log, checking=False), start
 
 
 def locate(target: Target, log: Log, end: int) -> Anchor:
@@ -140,6 +162,7 @@ class _Follow:
         self._segment = log.segments[0]
         self._checked = 0
         self._within: int | None = None
+        self._stepper: Stepper | None = None
 
     def run(self, start: Anchor, end: int) -> Verification:
         """From an anchor to step `end`."""
@@ -196,7 +219,13 @@ class _Follow:
     def _enter(self, segment: Segment) -> Stepper:
         self._within = segment.step if segment.within else None  # whose moves its weights have made already
         self._segment, self._trained = segment, match(self._target, segment)
-        return Stepper(segment, self._trained, noise_of(self._target, segment))
+        self._stepper = Stepper(segment, self._trained, noise_of(self._target, segment))
+        return self._stepper
+
+    def hand_over(self, optimizer: ZOOptimizer) -> None:
+        """What the last segment has beside its weights."""
+        if self._stepper is not None:
+            self._stepper.hand_over(optimizer)
 
     def _say_if_frozen_differs(self, segment: Segment) -> None:
         """Where a segment begins; later on, buffers have moved."""

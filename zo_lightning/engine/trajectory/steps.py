@@ -4,23 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from zo_lightning.engine.estimators import ESTIMATORS, Displacement, Estimator
 from zo_lightning.engine.journal import StepRecord
+from zo_lightning.engine.line_search import at_best
 from zo_lightning.engine.masks import Masks
 from zo_lightning.engine.masks.rules import Chosen
 from zo_lightning.engine.messages import check_number, say_once
 from zo_lightning.engine.noise import Change, Noise, apply_changes
 from zo_lightning.engine.noise.compiling import available
 from zo_lightning.engine.parameters import Trained
+from zo_lightning.engine.recall import points_of
 from zo_lightning.engine.residency import InPlace, Masters
 from zo_lightning.engine.seeds import query_seed, rounding_seed
 from zo_lightning.engine.signals import held
 from zo_lightning.engine.trajectory.records import Options, Segment
 from zo_lightning.engine.updates import SGD, UpdateRule
+
+if TYPE_CHECKING:
+    from zo_lightning.engine.optimizer import ZOOptimizer
 
 RULES: dict[str, object] = {"sgd": SGD}
 BATCH = 256
@@ -55,19 +60,28 @@ class Stepper:
         """From now on these elements are trained."""
         self._masks = Masks.fixed(chosen)
 
+    def hand_over(self, optimizer: ZOOptimizer) -> None:
+        """Let a live optimizer go on from here: with these masters of 16-bit vectors and this mask."""
+        optimizer.masters.load_state_dict(self._masters.state_dict())
+        if self._masks.chosen is not None:
+            optimizer.masks.take(self._masks.chosen)
+
     def _points(self, record: StepRecord) -> list[Displacement]:
         points = self._estimator.points(lambda query: query_seed(self._segment.seed, record.step, query))
-        if len(points) != len(record.values):
+        expected = len(points) + len(self._estimator.along)
+        if expected != len(record.values):
             raise ValueError(
-                f"Step {record.step} of the step log has {len(record.values)} values; its estimator evaluates {len(points)} points."
+                f"Step {record.step} of the step log has {len(record.values)} values; its estimator evaluates {expected} points."
             )
         return points
 
     def _change(self, record: StepRecord) -> Change:
-        terms = self._estimator.terms(self._points(record), record.values)
-        steps = tuple(self._rule.step(terms, group) for group in record.settings)
+        points, values = self._points(record), record.values
+        terms = self._estimator.terms(points, values[: len(points)])
+        made = at_best(self._estimator.along, terms, values[len(points) :])
+        steps = tuple(self._rule.step(made, group) for group in record.settings)
         rounding = rounding_seed(self._segment.seed, record.step) if self._segment.rounding == "stochastic" else None
-        return Change(tuple(term.seed for term in terms), steps, rounding)
+        return Change(tuple(term.seed for term in made), steps, rounding)
 
     def _on_base(self, records: Sequence[StepRecord]) -> None:
         changes = [self._change(record) for record in records if not record.skipped]
@@ -83,7 +97,8 @@ class Stepper:
         residency = InPlace(None, self._trained, self._noise)
         residency.masks = self._masks
         for record in records:
-            residency.reenact(record.passes, self._points(record), [group.eps for group in record.settings])
+            points = points_of(record, self._estimator, self._rule, self._points(record))
+            residency.reenact(record.passes, points, [group.eps for group in record.settings])
             if not record.skipped:
                 change = self._change(record)
                 residency.update(change)

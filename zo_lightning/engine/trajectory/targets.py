@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from zo_lightning.engine.noise import NOISES, Noise
 from zo_lightning.engine.parameters import Trained, canonical_names, collect, names_of
 from zo_lightning.engine.seeds import parameter_key
+from zo_lightning.engine.shards import is_sharded
 from zo_lightning.engine.trajectory.fingerprint import dtype_name
 from zo_lightning.engine.trajectory.records import Segment
 
@@ -55,6 +56,8 @@ def match(target: Target, segment: Segment) -> list[Trained]:
     trained = []
     for entry in segment.parameters:
         tensor = tensors[entry.name]
+        if is_sharded(tensor):
+            raise ValueError(f"Parameter {entry.name!r} is sharded. Replay the step log in a model that is not, and shard that one then.")
         for what, here, there in (("shape", tuple(tensor.shape), entry.shape), ("dtype", dtype_name(tensor.dtype), entry.dtype)):
             if here != there:
                 raise ValueError(f"Parameter {entry.name!r} has {what} {here} here and {there} in the step log. Load the model as it was.")
@@ -67,7 +70,7 @@ def match(target: Target, segment: Segment) -> list[Trained]:
 def _tensors(target: Target, wanted: list[str]) -> dict[str, Tensor]:
     optimizer = as_optimizer(target)
     if optimizer is not None:
-        return {p.name: p.tensor for p in collect(optimizer.param_groups, optimizer._names)}
+        return {p.name: p.aliases[0] for p in collect(optimizer.param_groups, optimizer._names)}
     if isinstance(target, nn.Module):
         names = names_of(target)
         return {names[id(parameter)]: parameter for parameter in target.parameters()}

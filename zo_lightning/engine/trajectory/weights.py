@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from zo_lightning.engine.parameters import Trained
+from zo_lightning.engine.shards import any_sharded, whole_of
 from zo_lightning.engine.trajectory.atomic import replacing
 from zo_lightning.engine.trajectory.fingerprint import trained_fingerprint
 from zo_lightning.engine.trajectory.frames import LogError
@@ -20,9 +21,18 @@ from zo_lightning.engine.trajectory.records import Segment
 from zo_lightning.engine.trajectory.targets import match
 
 
-def save_base(path: str | os.PathLike[str], trained: Sequence[Trained]) -> None:
-    """Write the trained weights under their canonical names, tied ones once. OSError where they can't be written."""
-    save_tensors(path, {p.name: p.tensor for p in trained})
+def save_base(path: str | os.PathLike[str], trained: Sequence[Trained], writing: bool = True) -> None:
+    """Write the trained weights under their canonical names, tied ones once. OSError where they can't be written.
+
+    Sharded ones are gathered by all ranks, of which one is `writing`.
+    """
+    tensors = {}
+    for p in trained:
+        tensor = whole_of(p)
+        if writing:
+            tensors[p.name] = tensor.cpu() if any_sharded([p]) else tensor
+    if writing:
+        save_tensors(path, tensors)
 
 
 def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:

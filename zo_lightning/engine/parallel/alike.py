@@ -1,0 +1,114 @@
+"""Whether processes that train together are alike: their options, parameters, weights and versions."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
+
+from zo_lightning.engine.parallel.mesh import NOT_SHARDED
+from zo_lightning.engine.residency import Offloaded
+from zo_lightning.engine.shards import any_sharded, is_sharded, local, summed
+
+if TYPE_CHECKING:
+    from zo_lightning.engine.optimizer import ZOOptimizer
+
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_PART = 1 << 20
+"""Words that are summed at once: on a CPU a sum of integers makes wide copies of them."""
+
+
+@torch.no_grad()
+def digest(tensors: Iterable[Tensor]) -> str:
+    """Of the bits: their sum as integers, tensor by tensor, on the device where they are. Two bits that differ nearly always show.
+
+    Of a DTensor it is the sum over the whole of it, for which all ranks of its mesh have to call; copies of it are not added up.
+    """
+    sums = [int(summed(_sum(local(tensor)), tensor)) for tensor in tensors]
+    return hashlib.blake2b(repr(sums).encode(), digest_size=8).hexdigest()
+
+
+def _sum(tensor: Tensor) -> Tensor:
+    return torch.stack([part.sum(dtype=torch.int64) for part in _bits(tensor).split(_PART)]).sum()
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().view(_WORDS[tensor.element_size()]).flatten()
+
+
+@torch.no_grad()
+def sum_of(batch: Any) -> int:
+    """The tensors of a batch as one number below 2**53; 0 where there are none, or nobody gave it."""
+    total = 0
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.layout == torch.strided and not leaf.is_meta:
+            real = torch.view_as_real(leaf) if leaf.is_complex() else leaf
+            bits = _bits(real).long()
+            places = torch.arange(1, 2 * len(bits), 2, device=bits.device)  # so that rows in another order show
+            total = (31 * total + int((bits * places).sum())) % (1 << 53)
+    return total
+
+
+def described(optimizer: ZOOptimizer) -> dict[str, str]:
+    """What has to be the same on all ranks, in words."""
+    from zo_lightning import __version__
+
+    residency = optimizer.residency
+    parameters = repr([(p.name, tuple(p.shape), p.tensor.dtype, p.group) for p in residency.trained])
+    groups = [{name: group[name] for name in ("lr", "eps", "weight_decay")} for group in optimizer.param_groups]
+    where = [str(getattr(p.aliases[0], "placements", "whole")) for p in residency.trained]
+    same = {
+        "the estimator": repr(optimizer.estimator),
+        "the noise": optimizer.noise.name,
+        "the seed": str(optimizer.seed),
+        "the count of steps": str(optimizer.steps),
+        "weights=": residency.name,
+        "the settings of groups": repr(groups),
+        "the mask": repr(optimizer.masks.mask and optimizer.masks.mask.described()),
+        "the mesh": str(optimizer.exchange.mesh),
+        "the objective": type(optimizer.objective).__name__,
+        "the list of parameters": hashlib.blake2b(parameters.encode(), digest_size=8).hexdigest(),
+        "how parameters are sharded": hashlib.blake2b(repr(where).encode(), digest_size=8).hexdigest(),
+        "zo_lightning": __version__,
+        "torch": str(torch.__version__),
+    }
+    if not isinstance(residency, Offloaded) and not any_sharded(residency.trained):  # shards: ZOOptimizer._agree
+        same["what the trained weights are"] = digest(p.tensor for p in residency.trained)
+        same["what the frozen weights are"] = digest(_frozen(optimizer))
+    return same
+
+
+def check_mesh(optimizer: ZOOptimizer) -> None:
+    """ValueError where these weights can't be trained by processes that evaluate different points."""
+    mesh, residency = optimizer.exchange.mesh, optimizer.residency
+    if mesh.size == mesh.data:
+        return
+    if any_sharded(residency.trained):
+        raise ValueError(NOT_SHARDED.format(parallel=mesh))
+    if residency.name == "inplace":
+        raise ValueError(
+            f'Invalid weights: "inplace" with parallel="{mesh}". Moves in place leave roundings, which would differ between processes '
+            'that evaluate different points. Use weights="exact" or "copy".'
+        )
+
+
+def _frozen(optimizer: ZOOptimizer) -> Iterator[Tensor]:
+    """Parameters that are not trained; of quantized ones what is inside."""
+    trained = {id(alias) for p in optimizer.residency.trained for alias in (p.tensor, *p.aliases)}
+    for parameter in () if optimizer.module is None else optimizer.module.parameters():
+        if id(parameter) not in trained and not is_sharded(parameter):
+            yield from plain(parameter)
+
+
+def plain(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor, or those inside a wrapper of several; none for one without values."""
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from plain(getattr(tensor, name))
+    elif not tensor.is_meta and tensor.element_size() in _WORDS:
+        yield tensor
