@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 
+import pytest
 import torch
 import torch.nn.functional as F
 from reference.noise import evaluation_seed
@@ -21,6 +23,13 @@ RESIDENCIES = ("exact", "copy", "inplace")
 STREAMED = Offload()
 """Beside them; not in their tuple, for between two steps it is a state dict that has its weights, and the parameters may lack an update."""
 STEPS = 3
+
+
+def eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel of the noise is compiled, wherever it is asked for."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("zo_lightning.engine.noise.") and hasattr(module, "available"):
+            monkeypatch.setattr(module, "available", lambda device: False)
 
 
 def bits(tensor: Tensor) -> Tensor:

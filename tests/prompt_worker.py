@@ -77,7 +77,7 @@ def start(folder: Path) -> None:
         command = [sys.executable, str(here / "prompt_worker.py"), str(folder)]
         workers.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     try:
-        outputs = [worker.communicate(timeout=300)[0] for worker in workers]
+        outputs = [worker.communicate(timeout=900)[0] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()

@@ -19,7 +19,7 @@ TINY = "num_hidden_layers=2 hidden_size=32 word_embed_proj_dim=32 ffn_dim=64 voc
 
 def script(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "benchmarks" / name), *arguments, "--threads", "1"]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=900)
 
 
 @pytest.fixture
@@ -165,7 +165,7 @@ def test_what_is_learned_is_written_and_not_made_again(name: str, arguments: lis
     command = [sys.executable, str(ROOT / "benchmarks" / name), *arguments, "--steps", "1", "--every", "1", "--json", str(out)]
     found = []
     for _ in range(2):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr
         found.append(json.loads(out.read_text()))
     (run,) = found[0]["runs"]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_models import FLOATS, bits
+from engine_models import FLOATS, bits, eagerly
 from reference import noise as reference
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
@@ -50,7 +50,7 @@ def test_compiled_rademacher_is_eager_bit_for_bit(
     starts = [torch.randn(count).to(dtype) for count in (BIG, 1 << 19, 40_001)]
     cases = [(start, decay, in_place) for start in starts for decay in (1.0, 0.97) for in_place in (False, True)]
     compiled = [added(start, "rademacher", coefficients, decay, in_place) for start, decay, in_place in cases]
-    monkeypatch.setattr(SWEEP, "available", lambda device: False)
+    eagerly(monkeypatch)
     for got, (start, decay, _) in zip(compiled, cases, strict=True):
         assert torch.equal(bits(got), bits(added(start, "rademacher", coefficients, decay)))
 
@@ -59,7 +59,7 @@ def test_compiled_gaussian_is_eager_to_a_millionth(compiler: None, monkeypatch: 
     """Sines, cosines and logarithms of vector libraries differ in their last bits."""
     start = torch.randn(BIG)
     compiled = added(start, "gaussian", (0.3,), 0.97)
-    monkeypatch.setattr(SWEEP, "available", lambda device: False)
+    eagerly(monkeypatch)
     assert float((compiled - added(start, "gaussian", (0.3,), 0.97)).abs().max()) <= 1e-6
 
 
@@ -89,7 +89,7 @@ def test_many_small_tensors_are_compiled_together_to_the_same_bits(
 
     compiled = moved()
     assert len(asked) == (noise == "rademacher") * (1 if odd else 2)  # the last pack has the odd one
-    monkeypatch.setattr(SWEEP, "available", lambda device: False)
+    eagerly(monkeypatch)
     assert all(torch.equal(bits(got), bits(expected)) for got, expected in zip(compiled, moved(), strict=True))
 
 
@@ -117,7 +117,7 @@ def test_a_point_and_its_opposite_are_two_sweeps_to_the_same_bits(
     if not fits:
         return
     sweep_both(one, other, 9, NOISES[noise])
-    monkeypatch.setattr(SWEEP, "available", lambda device: False)
+    eagerly(monkeypatch)
     for sign, got in ((1.0, [item.out for item in one]), (-1.0, other)):
         expected = items(sign)
         sweep(expected, [9], NOISES[noise])
@@ -158,7 +158,7 @@ def test_steps_of_small_tensors_are_the_eager_ones_bit_for_bit(change: str, comp
 
     compiled = run()
     assert both == [40] * {"one query": 3, "a mask": 0}.get(change, 6)
-    monkeypatch.setattr(SWEEP, "available", lambda device: False)
+    eagerly(monkeypatch)
     monkeypatch.setattr(scratch, "available", lambda device: False)
     assert all(torch.equal(bits(got), bits(expected)) for got, expected in zip(compiled, run(), strict=True))
 
@@ -252,7 +252,7 @@ def fresh(tmp_path: Path, **variables: str) -> tuple[bool, str, str]:
     """(whether kernels are compiled, digest of the weights after three steps, what was said) in a new process."""
     root = Path(__file__).resolve().parent.parent
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "2", **variables}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     flag, digest, count, *said = done.stdout.split()
     assert int(count) <= 1

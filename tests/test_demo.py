@@ -108,7 +108,7 @@ def test_ctrl_c_ends_with_one_line(tmp_path: Path) -> None:
         assert process.stdout is not None
         assert process.stdout.readline().startswith("MiniLM, 22.7 M weights")
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=900)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert "Stopped" in errors

@@ -32,7 +32,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     ranks = [subprocess.Popen([*command, str(rank)], env=environment, **out) for rank in range(WORLD)]
     try:
         for process in ranks:
-            output, _ = process.communicate(timeout=300)
+            output, _ = process.communicate(timeout=900)
             assert process.returncode == 0, output
     finally:
         for process in ranks:

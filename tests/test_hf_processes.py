@@ -37,7 +37,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], A
         environment = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         command = [sys.executable, str(here / "hf_worker.py"), str(folder)]
         workers.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    outputs = [worker.communicate(timeout=300)[0] for worker in workers]
+    outputs = [worker.communicate(timeout=900)[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)
     return {(name, rank): torch.load(folder / f"{name}.{rank}.pt") for name in [*CASES, "stopped"] for rank in range(2)}
 

@@ -44,7 +44,7 @@ def harness(tmp_path: Path, *arguments: str, code: str | None = None) -> tuple[i
     start = [str(ROOT / "benchmarks" / "kill_resume.py")] if code is None else ["-c", code]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ZO_LIGHTNING_COMPILE": "0"}
     command = [sys.executable, *start, *arguments, "--json", str(result)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert result.exists(), done.stdout + done.stderr
     measured: dict[str, Any] = json.loads(result.read_text())
     return done.returncode, measured

@@ -19,7 +19,7 @@ def harness(folder: Path, *arguments: str) -> dict[str, Any]:
     """What it measured."""
     command = [sys.executable, str(ROOT / "benchmarks" / "kill_workers.py"), "--json", str(folder / "result.json"), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     return dict(json.loads((folder / "result.json").read_text())["result"])
 

@@ -55,7 +55,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
         started[name] = (subprocess.Popen(command, env=environment, cwd=folder, **pipes), folder)  # type: ignore[call-overload]
     trained = {}
     for name, (process, folder) in started.items():
-        said = process.communicate(timeout=120)[0]
+        said = process.communicate(timeout=900)[0]
         assert process.returncode == 0, said
         trained[name] = Trained(said, folder / "runs" / "digits" / "version_0")
     return trained

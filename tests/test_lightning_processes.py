@@ -24,7 +24,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], A
     paths = os.pathsep.join([str(here), str(here.parent)])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, str(here / "lightning_worker.py"), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     return {(case, rank): torch.load(folder / f"{case}.{rank}.pt", weights_only=True) for case in [*CASES, "stopped"] for rank in range(2)}
 

@@ -35,7 +35,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         ranks = [subprocess.Popen([*command, str(rank), str(world)], env=environment, **out) for rank in range(world)]
         try:
             for process in ranks:
-                output, _ = process.communicate(timeout=300)
+                output, _ = process.communicate(timeout=900)
                 assert process.returncode == 0, output
         finally:
             for process in ranks:

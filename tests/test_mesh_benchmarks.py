@@ -19,7 +19,7 @@ def measured(name: str, folder: Path, *arguments: str) -> dict[str, Any]:
     """The JSON that a benchmark writes."""
     command = [sys.executable, str(ROOT / "benchmarks" / name), "--json", str(folder / "result.json"), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "ZO_LIGHTNING_COMPILE": "0"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     return dict(json.loads((folder / "result.json").read_text()))
 

@@ -37,7 +37,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         ranks.append(subprocess.Popen(command, env={**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank}, **out))
     try:
         for process in ranks:
-            output, _ = process.communicate(timeout=300)
+            output, _ = process.communicate(timeout=900)
             assert process.returncode == 0, output
     finally:
         for process in ranks:

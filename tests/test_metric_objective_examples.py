@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def start(script: str, folder: Path, *arguments: str) -> str:
     command = [sys.executable, str(ROOT / script), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, timeout=900)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

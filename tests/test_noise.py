@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from engine_models import FLOATS, bits
+from engine_models import FLOATS, bits, eagerly
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import noise as reference
@@ -33,13 +33,13 @@ each_noise = pytest.mark.parametrize("name", NOISES)
 quick = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-SWEEP = sys.modules["zo_lightning.engine.noise.sweep"]  # the package has a function of the same name
+SWEEP, LARGE = (sys.modules[f"zo_lightning.engine.noise.{name}"] for name in ("sweep", "large"))  # they have functions of the same names
 
 
 @pytest.fixture(autouse=True)
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiled kernels are in test_compile.py."""
-    monkeypatch.setattr(SWEEP, "available", lambda device: False)
+    eagerly(monkeypatch)
 
 
 def added(
@@ -171,7 +171,8 @@ def test_any_shape_layout_and_dtype_gets_the_same_noise_by_logical_index(
 def test_the_size_of_chunks_and_packs_changes_no_bit(name: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = [torch.randn(shape) for shape in ((40_000,), (7, 900), (), (33, 40, 41), (2000,))] + [torch.randn(300, 200).T]
     whole = [added(tensor, name, (0.3, -0.7), 0.9) for tensor in tensors]
-    monkeypatch.setattr(SWEEP, "PACK", chunk)
+    for module in (SWEEP, LARGE):
+        monkeypatch.setattr(module, "PACK", chunk)
     monkeypatch.setattr(SWEEP, "SMALL", chunk // 2)
     for tensor, expected in zip(tensors, whole, strict=True):
         assert torch.equal(bits(added(tensor, name, (0.3, -0.7), 0.9)), bits(expected))

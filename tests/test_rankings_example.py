@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def run(folder: Path, *arguments: str, typed: str = "") -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ZO_LIGHTNING_COMPILE": "0"}
     command = [sys.executable, str(ROOT / "examples" / "rankings.py"), *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, input=typed, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=folder, env=environment, input=typed, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

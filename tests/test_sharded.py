@@ -42,7 +42,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     ]
     try:
         for process in ranks:
-            output, _ = process.communicate(timeout=240)
+            output, _ = process.communicate(timeout=900)
             assert process.returncode == 0, output
     finally:
         for process in ranks:

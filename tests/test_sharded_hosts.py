@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where Lightning's processes have saved."""
     folder = tmp_path_factory.mktemp("lightning")
     command = [sys.executable, str(HERE / "lightning_shard_worker.py"), str(folder)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -88,7 +88,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], A
             environment = {**ENVIRONMENT, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             command = [sys.executable, str(HERE / "hf_shard_worker.py"), str(folder), what]
             workers.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-        outputs = [worker.communicate(timeout=240)[0] for worker in workers]
+        outputs = [worker.communicate(timeout=900)[0] for worker in workers]
         assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)
     return {(what, rank): torch.load(folder / f"{what}.{rank}.pt") for what in ("whole", "shards") for rank in range(2)}
 

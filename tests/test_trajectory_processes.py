@@ -29,7 +29,7 @@ def run(worker: str, folder: Path, arguments: tuple[Any, ...], ranks: list[dict[
     for rank in ranks:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore", **rank}
         processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    outputs = [process.communicate(timeout=200)[0] for process in processes]
+    outputs = [process.communicate(timeout=900)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(ranks), "\n".join(outputs)
     return [torch.load(path, weights_only=True) for path in sorted(folder.glob("*.pt"))]
 
