@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import torch
 from hf_tools import arguments, weights
 from prompt_tools import model, tokenizer_of
+from ranks import run_launched
 from scissors import Scissors
 
 from zo_lightning.hf_integration import ZOTrainer
@@ -64,24 +63,7 @@ def run(case: str, folder: Path, size: int, **given: Any) -> dict[str, Any]:
 
 def start(folder: Path) -> None:
     """Both processes; AssertionError with what they wrote where one fails."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    here = Path(__file__).parent
-    paths = os.pathsep.join([str(here), str(here.parent)])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    common |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    workers = []
-    for rank in range(2):
-        environment = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        command = [sys.executable, str(here / "prompt_worker.py"), str(folder)]
-        workers.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    try:
-        outputs = [worker.communicate(timeout=900)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)
+    run_launched("prompt_worker.py", folder)
 
 
 def main(folder: Path) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hf_tools import tokenizer
+from ranks import free_port
 from torch import nn
 
 from zo_lightning.callbacks import ZOMonitor
@@ -65,9 +65,7 @@ def readers_project() -> dict[str, Any]:
 @pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)], ids=lambda page: page.name)
 def test_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with socket.socket() as free:  # as torchrun starts one process
-        free.bind(("127.0.0.1", 0))
-        torchrun = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "RANK": "0", "WORLD_SIZE": "1"}
+    torchrun = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "RANK": "0", "WORLD_SIZE": "1"}  # of one process
     names = readers_project()
     codes = snippets(page)
     assert codes

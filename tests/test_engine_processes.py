@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from engine_models import distance, mlp, same, snapshot
 from engine_worker import CASES, STEPS, WORLD, Case, run
+from ranks import run_ranks
 
 from zo_lightning.engine import DataParallel
 
@@ -24,20 +21,7 @@ Results = list[dict[str, Any]]
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What each rank saved."""
     folder = tmp_path_factory.mktemp("processes")
-    here = Path(__file__).parent
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
-    command = [sys.executable, "-W", "error::UserWarning", str(here / "engine_worker.py"), str(folder)]
-    ranks = [
-        subprocess.Popen([*command, str(rank)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for rank in range(WORLD)
-    ]
-    try:
-        for process in ranks:
-            output, _ = process.communicate(timeout=900)
-            assert process.returncode == 0, output
-    finally:
-        for process in ranks:
-            process.kill()
+    run_ranks("engine_worker.py", folder, world=WORLD, options=("-W", "error::UserWarning"))
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from engine_models import same
 from equality_worker import CASES, STEPS, WORLD
+from ranks import run_ranks
 
 from zo_lightning.callbacks import RankEquality
 from zo_lightning.engine import ZOOptimizer
@@ -25,18 +22,8 @@ HEALED = [name for name, case in CASES.items() if case.heal and case.log]
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank saved."""
-    folder, here = tmp_path_factory.mktemp("equality"), Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
-    command = [sys.executable, str(here / "equality_worker.py"), str(folder)]
-    out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    ranks = [subprocess.Popen([*command, str(rank)], env=environment, **out) for rank in range(WORLD)]
-    try:
-        for process in ranks:
-            output, _ = process.communicate(timeout=900)
-            assert process.returncode == 0, output
-    finally:
-        for process in ranks:
-            process.kill()
+    folder = tmp_path_factory.mktemp("equality")
+    run_ranks("equality_worker.py", folder, world=WORLD)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +9,7 @@ import pytest
 import torch
 from hf_tools import losses, same, weights
 from hf_worker import CASES, Oracle, build
+from ranks import run_launched
 from scissors import Scissors
 
 
@@ -20,25 +17,7 @@ from scissors import Scissors
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Any]:
     """What both ranks saved, by case and rank."""
     folder = tmp_path_factory.mktemp("processes")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    here = Path(__file__).parent
-    common = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
-    }
-    workers = []
-    for rank in range(2):
-        environment = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        command = [sys.executable, str(here / "hf_worker.py"), str(folder)]
-        workers.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    outputs = [worker.communicate(timeout=900)[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)
+    run_launched("hf_worker.py", folder)
     return {(name, rank): torch.load(folder / f"{name}.{rank}.pt") for name in [*CASES, "stopped"] for rank in range(2)}
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +9,7 @@ import pytest
 import torch
 from lightning_models import HOST_WARNINGS, same
 from lightning_worker import CASES, fit
+from ranks import run_starter
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in HOST_WARNINGS]
 
@@ -20,12 +18,7 @@ pytestmark = [pytest.mark.filterwarnings(text) for text in HOST_WARNINGS]
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Any]:
     """What both ranks saved, by case and rank."""
     folder = tmp_path_factory.mktemp("processes")
-    here = Path(__file__).parent
-    paths = os.pathsep.join([str(here), str(here.parent)])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, str(here / "lightning_worker.py"), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_starter("lightning_worker.py", folder)
     return {(case, rank): torch.load(folder / f"{case}.{rank}.pt", weights_only=True) for case in [*CASES, "stopped"] for rank in range(2)}
 
 

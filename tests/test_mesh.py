@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from engine_models import same, snapshot
 from mesh_worker import CASES, STEPS, Case, answer, build, model_of, part, run
+from ranks import run_ranks
 
 from zo_lightning.engine import SPSA, Mesh, Processes, RankSGD, ZOOptimizer
 from zo_lightning.engine.parallel import as_mesh
@@ -25,21 +22,10 @@ OTHER_DATA = ["data and sides", "data and sides, a metric"]
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What each rank of two and of four saved."""
-    here = Path(__file__).parent
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
     found: Results = {}
     for world in (2, 4):
         folder = tmp_path_factory.mktemp(f"mesh{world}")
-        command = [sys.executable, "-W", "error::UserWarning", str(here / "mesh_worker.py"), str(folder)]
-        out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        ranks = [subprocess.Popen([*command, str(rank), str(world)], env=environment, **out) for rank in range(world)]
-        try:
-            for process in ranks:
-                output, _ = process.communicate(timeout=900)
-                assert process.returncode == 0, output
-        finally:
-            for process in ranks:
-                process.kill()
+        run_ranks("mesh_worker.py", folder, world, world=world, options=("-W", "error::UserWarning"))
         found[world] = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
     return found
 

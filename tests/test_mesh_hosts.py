@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +10,7 @@ import torch
 from engine_models import same
 from lightning_models import HOST_WARNINGS
 from mesh_host_worker import CASES, HOSTS
+from ranks import run_launched
 
 from zo_lightning import ZOStrategy
 from zo_lightning.hf_integration import ZOConfig
@@ -24,25 +21,8 @@ pytestmark = [pytest.mark.slow, *(pytest.mark.filterwarnings(text) for text in [
 @pytest.fixture(scope="module", params=HOSTS)
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Any]]:
     """What both ranks of a host saved."""
-    folder, here = tmp_path_factory.mktemp(request.param), Path(__file__).parent
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "1"}
-    common |= {"OMP_NUM_THREADS": "1", "GROUP_RANK": "0", "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
-    command = [sys.executable, str(here / "mesh_host_worker.py"), str(folder), request.param]
-    out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    ranks = []
-    for rank in ("0", "1"):
-        ranks.append(subprocess.Popen(command, env={**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank}, **out))
-    try:
-        for process in ranks:
-            output, _ = process.communicate(timeout=900)
-            assert process.returncode == 0, output
-    finally:
-        for process in ranks:
-            process.kill()
-            process.communicate()
+    folder = tmp_path_factory.mktemp(request.param)
+    run_launched("mesh_host_worker.py", folder, request.param, TORCHELASTIC_RUN_ID="1", GROUP_RANK="0")
     return request.param, [torch.load(folder / f"{request.param}.{rank}.pt") for rank in range(2)]
 
 

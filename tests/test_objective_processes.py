@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +9,7 @@ import torch
 from engine_models import distance, same
 from engine_worker import WORLD
 from objective_worker import RANKED, STEPS, Player, alone, generated, rows_on
+from ranks import run_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::zo_lightning.engine.messages.ZOWarning")]
 
@@ -23,21 +20,7 @@ Results = list[dict[str, Any]]
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What each rank saved."""
     folder = tmp_path_factory.mktemp("processes")
-    here = Path(__file__).parent
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
-    command = [sys.executable, "-W", "ignore", str(here / "objective_worker.py"), str(folder)]
-    ranks = [
-        subprocess.Popen([*command, str(rank)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for rank in range(WORLD)
-    ]
-    try:
-        for process in ranks:
-            output, _ = process.communicate(timeout=900)
-            assert process.returncode == 0, output
-    finally:
-        for process in ranks:
-            process.kill()
-            process.communicate()
+    run_ranks("objective_worker.py", folder, world=WORLD, options=("-W", "ignore"))
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 

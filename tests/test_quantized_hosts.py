@@ -15,6 +15,7 @@ from hf_tools import StopAt, arguments
 from lightning_models import lightning, wrapped
 from peft_tools import IDS, base, logits
 from quantized_tools import CONFIGS, integers, quantized, scales
+from ranks import free_port
 from torch.utils.data import DataLoader
 
 from zo_lightning import ZOStrategy
@@ -208,11 +209,7 @@ def _ranks(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_begin_and_end_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
     torch.multiprocessing.spawn(_ranks, (str(tmp_path),), nprocs=2)
     (first, own), (second, its) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     assert same(first, second)

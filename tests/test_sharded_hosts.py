@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +11,19 @@ from engine_models import same
 from hf_shard_worker import KINDS
 from lightning_models import HOST_WARNINGS
 from lightning_shard_worker import STEPS, Lit, fit
+from ranks import run_launched, run_starter
 
 from zo_lightning.engine.trajectory import replay
 
 IGNORED = (*HOST_WARNINGS, "ignore::zo_lightning.engine.messages.ZOWarning")
 pytestmark = [pytest.mark.filterwarnings(text) for text in IGNORED]
-HERE = Path(__file__).parent
-PATHS = os.pathsep.join([str(HERE), str(HERE.parent)])
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS, "PYTHONWARNINGS": "ignore"}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where Lightning's processes have saved."""
     folder = tmp_path_factory.mktemp("lightning")
-    command = [sys.executable, str(HERE / "lightning_shard_worker.py"), str(folder)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_starter("lightning_shard_worker.py", folder)
     return folder
 
 
@@ -79,17 +71,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], A
     """What the Trainer's processes saved, with all weights and with shards, by rank."""
     folder = tmp_path_factory.mktemp("trainer")
     for what in ("whole", "shards"):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        workers = []
-        for rank in range(2):
-            environment = {**ENVIRONMENT, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            command = [sys.executable, str(HERE / "hf_shard_worker.py"), str(folder), what]
-            workers.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-        outputs = [worker.communicate(timeout=900)[0] for worker in workers]
-        assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)
+        run_launched("hf_shard_worker.py", folder, what, PYTHONWARNINGS="ignore")
     return {(what, rank): torch.load(folder / f"{what}.{rank}.pt") for what in ("whole", "shards") for rank in range(2)}
 
 
