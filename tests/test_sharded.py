@@ -17,6 +17,7 @@ from torch import Tensor
 from zo_lightning.engine.noise import Gaussian, Item, Noise, Rademacher, sweep
 from zo_lightning.engine.noise.members import Band, Bits, Listed, Lot, Members
 from zo_lightning.engine.noise.region import Region
+from zo_lightning.engine.noise.sweep import SMALL
 
 Results = list[dict[str, Any]]
 
