@@ -43,7 +43,9 @@ def added(start: Tensor, noise: str, coefficients: Sequence[float], decay: float
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("coefficients", [(0.3,), (0.3, -0.7, 0.01)], ids=["one term", "three terms"])
+@pytest.mark.parametrize(
+    "coefficients", [(0.3,), (0.3, -0.7, 0.01), (0.3, -0.7, 0.01, 0.4, -0.2, 0.11)], ids=["one term", "three terms", "six terms"]
+)
 def test_compiled_rademacher_is_eager_bit_for_bit(
     coefficients: tuple[float, ...], dtype: torch.dtype, compiler: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,6 +46,11 @@ class Drawn(NamedTuple):
         return self.table[self.row + term]
 
     @property
+    def keys(self) -> Tensor:
+        """Those of all terms, of shape (terms, 3)."""
+        return self.table[self.row : self.row + self.terms]
+
+    @property
     def rounding(self) -> Tensor:
         """The key of the stochastic rounding, where there is one."""
         return self.table[self.row + self.terms]
@@ -68,6 +73,8 @@ class Noise(ABC):
     """
 
     name: str
+    fuses = 1
+    """Terms that a compiled pass over weights in place takes at once."""
     grain = 1 << 19
     """A compiled pass over a part of a stream has the bits of one over all of it where the part begins and ends at multiples of this."""
 
@@ -107,6 +114,18 @@ class Noise(ABC):
         self, out: Tensor, base: Tensor, key: Tensor, round_key: Tensor, start: int, scalars: Tensor, mask: Members | None = None
     ) -> None:
         """The same for 16-bit weights with stochastic rounding (rounding.py), with `scalars` = (decay - 1, c) in float32."""
+
+    def add_terms(self, weights: Tensor, keys: Tensor, start: int, scalars: Tensor) -> None:
+        """weights <- decay * weights + (c_1 z_1 + ... + c_n z_n), summed in their order, for 1 < n <= `fuses`; otherwise as `add`.
+
+        `keys` has shape (n, 3), `scalars` = (decay, c_1, ..., c_n).
+        """
+        raise NotImplementedError
+
+    def accumulate(self, total: Tensor, keys: Tensor, start: int, coefficients: Sequence[float]) -> None:
+        """total <- ((total + c_1 z_1) + c_2 z_2) + ... for any number of terms; otherwise as `add`."""
+        for key, c in zip(keys, coefficients, strict=True):
+            self.add(total, total, key, start, constants((1.0, c), total.dtype, total.device))
 
 
 @functools.lru_cache(maxsize=256)

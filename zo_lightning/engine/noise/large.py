@@ -76,7 +76,7 @@ def _chunks(out: Tensor, base: Tensor, start: int) -> Iterator[tuple[Tensor, Ten
 
 
 def compiled(item: Item, out: Tensor, base: Tensor, start: int, drawn: Drawn, noise: Noise) -> None:
-    """One fused pass over flat tensors for one term; several terms are summed first, in a buffer of bounded size.
+    """One fused pass over flat tensors for one term, and for several where the noise has one; else they are summed first, piece by piece.
 
     `out` and `base` (which may be one object) are the part of the item that begins at element `start`, a multiple of 2**19.
     """
@@ -88,12 +88,14 @@ def compiled(item: Item, out: Tensor, base: Tensor, start: int, drawn: Drawn, no
         else:
             noise.add(out, base, drawn.key(0), start, constants((item.decay, c), dtype, device), item.mask)
         return
+    if out is base and 1 < drawn.terms <= noise.fuses and item.mask is None and not drawn.rounded:
+        noise.add_terms(base, drawn.keys, start, constants((item.decay, *item.coefficients), dtype, device))
+        return
     for at in range(0, base.numel(), PACK):
         part = slice(at, at + PACK)
         piece, target = base[part], out[part]
         total = torch.zeros(piece.numel(), dtype=dtype, device=device)
-        for j, c in enumerate(item.coefficients):
-            noise.add(total, total, drawn.key(j), start + at, constants((1.0, c), dtype, device))
+        noise.accumulate(total, drawn.keys, start + at, item.coefficients)
         if drawn.rounded:
             shrink = constants(item.decay - 1.0, dtype, device)
             settle(target, target if out is base else piece, total, drawn.rounding, start + at, shrink, item.mask)
@@ -144,6 +146,5 @@ def _piece(item: Item, out: Tensor, base: Tensor, part: Part, region: Region, dr
     dtype, device = compute_dtype(base.dtype), base.device
     dithered = part.pick(dither(drawn.table, [drawn.stretch(drawn.terms, start, length)], fused=True), start) if drawn.rounded else None
     total = torch.zeros(length, dtype=dtype, device=device)
-    for j, c in enumerate(item.coefficients):
-        noise.add(total, total, drawn.key(j), start, constants((1.0, c), dtype, device))
+    noise.accumulate(total, drawn.keys, start, item.coefficients)
     out.copy_(moved(base, item.decay, part.pick(total, start), dithered, keep, fused=True))

@@ -72,6 +72,26 @@ def _round_signs_(weights: Tensor, *how: Any) -> None:
 
 
 @kernel
+def _words_of(words: Tensor, first: Tensor, keys: Tensor) -> None:
+    """words[j, h, i] = half h of the hash of key j and first + i, for words (terms, 2, n) and keys (terms, 3)."""
+    c0 = torch.arange(words.shape[2], dtype=torch.int32, device=keys.device) + first
+    low, high = threefry(c0[None], keys[:, 2:], keys[:, :1], keys[:, 1:2])
+    words[:, 0].copy_(low)
+    words[:, 1].copy_(high)
+
+
+@kernel
+def _add_sums_(weights: Tensor, words: Sequence[Tensor], scalars: Tensor) -> None:
+    total = functools.reduce(torch.add, [_signed(own, scalars[1 + j]) for j, own in enumerate(words)])
+    weights.copy_(weights.to(scalars.dtype) * scalars[0] + total)
+
+
+@kernel
+def _accumulate_(total: Tensor, words: Sequence[Tensor], scales: Tensor) -> None:
+    total.copy_(functools.reduce(torch.add, [total, *(_signed(own, scales[j]) for j, own in enumerate(words))]))
+
+
+@kernel
 def _add_streams(base: Tensor, words: Tensor, c0: Tensor, owner: Tensor, keys: Tensor, scalars: Tensor) -> Tensor:
     """For blocks of several streams, each with a key of `keys` (n, 3) and, in every step, a (decay, c) of `scalars` (steps, n, 2)."""
     low, high = threefry(c0, keys[owner, 2], keys[owner, 0], keys[owner, 1])
@@ -99,6 +119,7 @@ class Rademacher(Noise):
     """Independent signs. E z^2 = E z^4 = 1: exact in every dtype, and the least variance among SPSA's noises (Spall 1992)."""
 
     name = "rademacher"
+    fuses = 4
     grain = BLOCK
 
     def values(self, keys: Tensor, stretches: Sequence[Stretch], dtype: torch.dtype, fused: bool = False) -> Tensor:
@@ -150,6 +171,26 @@ class Rademacher(Noise):
                 change = torch.where(mask.keep(base[whole:], start + whole), change, 0.0)
             out[whole:] = stochastic(wide, change, dither(round_key[None], tail), base.dtype)
 
+    def add_terms(self, weights: Tensor, keys: Tensor, start: int, scalars: Tensor) -> None:
+        for part, words in _several(weights, keys, start):
+            _add_sums_(part, words, scalars)
+        whole = weights.numel() // BLOCK * BLOCK
+        if whole < weights.numel():
+            rest = weights[whole:]
+            tail = Stretch(0, start + whole, rest.numel())
+            terms = (self.values(key[None], [tail], scalars.dtype) * c for key, c in zip(keys, scalars[1:], strict=True))
+            rest.copy_(rest.to(scalars.dtype) * scalars[0] + functools.reduce(torch.add, terms))
+
+    def accumulate(self, total: Tensor, keys: Tensor, start: int, coefficients: Sequence[float]) -> None:
+        for begin in range(0, len(keys), self.fuses):
+            group = slice(begin, begin + self.fuses)
+            scales = constants(tuple(coefficients[group]), total.dtype, total.device)
+            for part, words in _several(total, keys[group], start):
+                _accumulate_(part, words, scales)
+        whole = total.numel() // BLOCK * BLOCK
+        if whole < total.numel():
+            super().accumulate(total[whole:], keys, start + whole, coefficients)
+
 
 def _launches(
     out: Tensor, base: Tensor, key: Tensor, start: int, scalars: Tensor, mask: Members | None
@@ -163,6 +204,18 @@ def _launches(
         inside = None if mask is None else mask.inside(base[part], at)
         how = (room, constants(at // BLOCK, torch.int32, key.device), key, scalars, inside)
         yield _blocks(out[part]), None if out is base else _blocks(base[part]), at, how
+
+
+def _several(weights: Tensor, keys: Tensor, start: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Chunks of whole blocks, with the words of each key."""
+    whole, terms = weights.numel() // BLOCK * BLOCK, len(keys)
+    chunk = _CHUNK // Rademacher.fuses
+    room = torch.empty(2 * terms * min(whole, chunk) // BLOCK, dtype=torch.int32, device=weights.device)
+    for begin in range(0, whole, chunk):
+        part = weights[begin : min(begin + chunk, whole)]
+        words = room[: terms * part.numel() // 32].view(terms, 2, -1)
+        _words_of(words, constants((start + begin) // BLOCK, torch.int32, keys.device), keys)
+        yield _blocks(part), list(words)
 
 
 def _blocks(flat: Tensor) -> Tensor:
