@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from zo_lightning.engine.noise.compiling import available
 from zo_lightning.engine.offload.buffers import size_class
 from zo_lightning.engine.residency.offloaded import KEPT
 from zo_lightning.planning.forward import Forward, Pass, trace
@@ -119,7 +120,9 @@ class _Planner:
 
     def modes(self) -> list[Mode]:
         """In the order of preference: exact weights first, and those that move the fewest bytes."""
-        found = [self._resident("exact", self._scratch), self._resident("copy", self.weights.copied()), self._resident("inplace", 0)]
+        kernels = self.machine.on_gpu or available(self.machine.device)
+        copied = self.weights.copied(kernels)
+        found = [self._resident("exact", self._scratch), self._resident("copy", copied), self._resident("inplace", 0)]
         if self.weights.parcels:
             found += [self._to_gpu("CPU memory"), self._to_gpu("disk")] if self.machine.on_gpu else [self._from_disk()]
         return found

@@ -64,9 +64,9 @@ class Weights:
             return rows.numel() * (table.nbytes // table.shape[0])
         return _taken([parameters], [])
 
-    def copied(self) -> int:
-        """Bytes of scratch that "copy" allocates: all that is trained, twice where a point and its opposite are written in one pass."""
-        return _taken([self.trained], []) * (1 + joins([p.tensor for p in self.trained], Rademacher()))
+    def copied(self, kernels: bool) -> int:
+        """Bytes of scratch that "copy" allocates: all that is trained; twice where `kernels` write a point and its opposite in one pass."""
+        return _taken([self.trained], []) * (1 + (kernels and joins([p.tensor for p in self.trained], Rademacher())))
 
     def resident(self) -> int:
         """Bytes of weights that Offload never moves: vectors, and adapters."""
