@@ -22,6 +22,16 @@ import torch
 from zo_lightning.engine import messages
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share what other processes wrote for their module run in one process of pytest-xdist, or each would start its own."""
+    for item in items:
+        if isinstance(item, pytest.Function):
+            made = item._fixtureinfo.name2fixturedefs.values()
+            if any(one.scope == "module" and "tmp_path_factory" in one.argnames for definitions in made for one in definitions):
+                item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
+
+
 @pytest.fixture(autouse=True)
 def same_start() -> Iterator[None]:
     """Reset what one test could hand to the next."""
