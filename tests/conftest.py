@@ -26,7 +26,7 @@ from zo_lightning.engine import messages
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that share what other processes wrote for their module run in one process of pytest-xdist, or each would start its own."""
     for item in items:
-        if isinstance(item, pytest.Function):
+        if isinstance(item, pytest.Function) and item.get_closest_marker("xdist_group") is None:
             made = item._fixtureinfo.name2fixturedefs.values()
             if any(one.scope == "module" and "tmp_path_factory" in one.argnames for definitions in made for one in definitions):
                 item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
