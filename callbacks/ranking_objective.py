@@ -9,10 +9,9 @@ from typing import Any
 from torch import nn
 
 from zo_lightning.callbacks.metric_objective import OfObjective
-from zo_lightning.engine.estimators import SPSA
+from zo_lightning.engine.estimators import SPSA, RankSGD
 from zo_lightning.engine.objectives import Oracle, Ranking
 from zo_lightning.engine.options import EngineOptions, as_estimator
-from zo_lightning.engine.ranked import RankSGD
 
 
 class RankingObjective(OfObjective):

@@ -32,8 +32,10 @@ class ZOArguments:
     )
     zo_seed: int = field(default=0, metadata={"help": "Seed of the directions; independent of seed and data_seed."})
     zo_noise: str = field(default="rademacher", metadata={"help": "Distribution of the directions: rademacher, gaussian."})
-    zo_estimator: str = field(default="spsa", metadata={"help": "How losses become an estimate of the gradient: spsa, rank_sgd."})
-    zo_queries: int = field(default=1, metadata={"help": "Directions measured per step; two forward passes each."})
+    zo_estimator: str = field(
+        default="spsa", metadata={"help": "How losses become an estimate of the gradient: spsa, one_sided, conservative, rank_sgd."}
+    )
+    zo_queries: int = field(default=1, metadata={"help": "Directions measured per step; two forward passes each, one with one_sided."})
     zo_fitness: str = field(
         default="values",
         metadata={"help": "What the losses of a step are made into before the estimate: values (themselves), ranks or z-scores."},

@@ -15,7 +15,7 @@ from engine_models import regression
 from torch import Tensor, nn
 from torchmetrics.classification import BinaryF1Score
 
-from zo_lightning.engine import SPSA, Processes, RankSGD, ZOOptimizer
+from zo_lightning.engine import SPSA, Conservative, OneSided, Processes, RankSGD, ZOOptimizer
 from zo_lightning.engine.objectives import Score
 
 STEPS = 5
@@ -42,12 +42,15 @@ CASES = {
     "five queries on two": Case("perturbation=2", {"estimator": SPSA(5), "noise": "gaussian", "weight_decay": 0.1}),
     "ranks of values": Case("perturbation=2", {"estimator": SPSA(2, fitness="ranks")}),
     "line search": Case("perturbation=2", {"estimator": RankSGD(5, search=3)}),
+    "one-sided on two": Case("perturbation=2", {"estimator": OneSided(4)}),
+    "conservative on two": Case("perturbation=2", {"estimator": Conservative()}),
     "a metric": Case("perturbation=2", {"estimator": SPSA(2)}, metric=True),
     "two queries on four": Case("perturbation=4", {"estimator": SPSA(2)}, world=4),
     "data and sides": Case("data=2,perturbation=2", {"estimator": SPSA(3)}, world=4, micro=2),
     "data and sides, a metric": Case("data=2,perturbation=2", {"estimator": SPSA(2)}, world=4, micro=2, metric=True),
     "seeds": Case("seeds=4", world=4),
     "seeds of two queries, and sides": Case("seeds=2,perturbation=2", {"estimator": SPSA(2)}, world=4),
+    "one-sided seeds": Case("seeds=4", {"estimator": OneSided(3)}, world=4),
     "seeds and data": Case("data=2,seeds=2", world=4),
 }
 

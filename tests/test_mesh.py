@@ -68,19 +68,20 @@ def test_shared_data_are_the_whole_batch(name: str, results: Results) -> None:
         assert torch.allclose(rank["weights"][key], tensor, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["seeds", "seeds of two queries, and sides", "seeds and data"])
+@pytest.mark.parametrize("name", ["seeds", "seeds of two queries, and sides", "seeds and data", "one-sided seeds"])
 def test_seeds_are_the_mean_over_queries_each_on_its_data(name: str, results: Results) -> None:
     """One process, which evaluates the points of each query on the rows of that query."""
     case = CASES[name]
     mesh = as_mesh(case.parallel, case.world)
     model = model_of(case)
-    queries = (case.options.get("estimator") or SPSA()).queries
-    optimizer = ZOOptimizer(model, lr=0.02, eps=0.05, estimator=SPSA(queries * mesh.seeds))
+    estimator = case.options.get("estimator") or SPSA()
+    each = len(estimator.points(lambda query: query))
+    optimizer = ZOOptimizer(model, lr=0.02, eps=0.05, estimator=estimator.times(mesh.seeds))
     calls = 0
 
     def loss() -> Any:
         nonlocal calls
-        copy = calls // (2 * queries)
+        copy = calls // each
         calls += 1
         rows = [answer(model, part(data * mesh.seeds + copy, mesh.streams, 0, 1), False) for data in range(mesh.data)]
         return sum(one.double() for one in rows) / mesh.data
@@ -90,7 +91,7 @@ def test_seeds_are_the_mean_over_queries_each_on_its_data(name: str, results: Re
             optimizer.weights = "copy"  # whose first evaluation is not watched
         calls = 0
         optimizer.step(loss)
-        assert calls == 2 * queries * mesh.seeds
+        assert calls == each * mesh.seeds
         assert optimizer.report is not None
         assert torch.tensor(results[4][0][name]["values"][step]).allclose(torch.tensor(optimizer.report.values), atol=1e-6)
     for key, tensor in snapshot(model).items():

@@ -1,13 +1,12 @@
 """Forward-only optimization in plain PyTorch: the mathematics of zo-lightning, without any host."""
 
 from zo_lightning.engine import first_calls
-from zo_lightning.engine.estimators import SPSA, Estimator, Term
+from zo_lightning.engine.estimators import SPSA, Conservative, Estimator, OneSided, RankSGD, Term
 from zo_lightning.engine.messages import ZOWarning
 from zo_lightning.engine.noise import Gaussian, Noise, Rademacher
 from zo_lightning.engine.optimizer import ZOOptimizer
 from zo_lightning.engine.options import EngineOptions
 from zo_lightning.engine.parallel import DataParallel, Exchange, Mesh, PeerError, Processes
-from zo_lightning.engine.ranked import RankSGD
 from zo_lightning.engine.report import Estimate, StepReport
 from zo_lightning.engine.safeguard import DivergenceError, Safeguard
 from zo_lightning.engine.updates import SGD, UpdateRule
@@ -17,6 +16,7 @@ first_calls.make()
 __all__ = [
     "SGD",
     "SPSA",
+    "Conservative",
     "DataParallel",
     "DivergenceError",
     "EngineOptions",
@@ -26,6 +26,7 @@ __all__ = [
     "Gaussian",
     "Mesh",
     "Noise",
+    "OneSided",
     "PeerError",
     "Processes",
     "Rademacher",

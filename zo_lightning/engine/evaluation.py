@@ -137,7 +137,7 @@ class Evaluator:
                     return Evaluated(None, [], [])
                 losses.append(as_scalar(loss))
                 samples.append(sample)
-                if not task.residency.reached():
+                if point and not task.residency.reached():
                     raise RuntimeError(_NOT_REACHED)
                 if index + 1 < len(task.points):
                     self.buffers.rewind()

@@ -15,11 +15,6 @@ _WORST = sys.float_info.max
 """Stands for a value that is not finite: the record of a step that was made has finite values alone."""
 
 
-def lengths(search: int, shrink: float) -> tuple[float, ...]:
-    """1, shrink, ..., shrink**(search - 1), and 0 for staying where it is; none for search=0."""
-    return (*(shrink**i for i in range(search)), 0.0) if search else ()
-
-
 def candidates(along: Sequence[float], terms: Sequence[Term], rule: UpdateRule, settings: Sequence[GroupSettings]) -> list[Displacement]:
     """Where the step of these terms leads at each length: theta + length sum_j c_j z_j, as multiples c_j / eps; without weight decay.
 

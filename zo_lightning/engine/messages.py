@@ -52,6 +52,12 @@ def check_number(name: str, value: Any, allowed: str, good: Any) -> None:
         raise ValueError(f"Invalid {name}: {value!r}. Must be a finite number {allowed}.")
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Raise ValueError unless `value` is a bool."""
+    if not isinstance(value, bool):
+        raise ValueError(f"Invalid {name}: {value!r}. Must be True or False.")
+
+
 def check_count(name: str, value: Any, meaning: str = "", least: int = 1) -> None:
     """Raise ValueError unless `value` is an integer of at least `least`; `meaning` says what it counts."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:

@@ -324,7 +324,7 @@ class Offloaded(Stamped):
         shown = super()._on_scratch(unit, point, eps, rows)
         here = [p for p in unit.parameters if id(p) in self._of and id(p) not in self._lane.away]
         listed = [(p, mask) for p in here if isinstance(mask := self.mask_of(p), Listed)]
-        return shown if point is None or not listed else self._with_lists(shown, listed, point, eps)
+        return shown if not point or not listed else self._with_lists(shown, listed, point, eps)
 
     @contextmanager
     def _with_lists(

@@ -6,8 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from zo_lightning.engine.estimators import ADDED, ESTIMATORS, Displacement, Estimator, Term
-from zo_lightning.engine.line_search import lengths
+from zo_lightning.engine.estimators.base import ADDED, Displacement, Estimator, Term, lengths
 from zo_lightning.engine.messages import check_count, check_number
 
 
@@ -94,6 +93,3 @@ class RankSGD(Estimator):
         """The mean twice: all points are on one side."""
         mean = math.fsum(values) / len(values)
         return mean, mean
-
-
-ESTIMATORS[RankSGD.name] = RankSGD

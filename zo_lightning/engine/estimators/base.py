@@ -1,0 +1,63 @@
+"""Estimators: where to evaluate the objective in a step, and what the values mean as terms of a gradient estimate."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+ADDED = "added"
+"""In the metadata of an option's field: it came later, and step logs that were written before do not have it."""
+Displacement = tuple[tuple[int, float], ...]
+"""A point theta + sum_j m_j eps z(s_j), as pairs (seed s_j, multiple m_j of eps); eps is that of each parameter group."""
+
+
+class Term(NamedTuple):
+    """One direction of the estimate: the slope (change of the objective for one eps along z(seed)), divided by the number of queries.
+
+    A group with scale eps has the gradient estimate g = sum_j (slope_j / eps) z(s_j).
+    """
+
+    seed: int
+    slope: float
+
+
+class Estimator(ABC):
+    """Two pure functions: `points(seeds)` and `terms(points, values)`."""
+
+    name: str
+    clips = True
+    """Whether a bound on the projected gradient of each term is of use."""
+    along: Sequence[float] = ()
+    """Lengths of the step that a line search tries, in units of the whole one; their values come behind those of the points."""
+
+    @abstractmethod
+    def points(self, seeds: Callable[[int], int]) -> list[Displacement]:
+        """The displacements to evaluate in this step; `seeds(i)` is the seed of query i."""
+
+    @abstractmethod
+    def terms(self, points: Sequence[Displacement], values: Sequence[float]) -> list[Term]:
+        """The terms that the values, in the order of `points`, stand for. Values are finite."""
+
+    @abstractmethod
+    def sides(self, values: Sequence[float]) -> tuple[float, float]:
+        """(mean of the values at +, mean of the values at -), for monitoring."""
+
+    def difference(self, values: Sequence[float]) -> float:
+        """The largest difference that the estimate is made of, in the unit of the values, for monitoring."""
+        return max(values) - min(values)
+
+    def times(self, processes: int) -> Estimator:
+        """With as many queries for each of some processes, which have data of their own; points of a process are together.
+
+        Raises ValueError where values from other data can't be told apart from those of other points.
+        """
+        raise ValueError(
+            f"{self} compares all points of a step with each other, and processes with seeds and data of their own have different losses "
+            'at the same point. Use parallel="data=..." or "perturbation=...", or the estimator SPSA().'
+        )
+
+
+def lengths(search: int, shrink: float) -> tuple[float, ...]:
+    """1, shrink, ..., shrink**(search - 1), and 0 for staying where it is; none for search=0."""
+    return (*(shrink**i for i in range(search)), 0.0) if search else ()

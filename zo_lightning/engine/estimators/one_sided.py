@@ -1,0 +1,88 @@
+"""OneSided: differences to the value where the weights are, which all queries of a step share."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from zo_lightning.engine.estimators.base import Displacement, Estimator, Term
+from zo_lightning.engine.messages import check_count, check_flag
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class OneSided(Estimator):
+    """One point a query, and the weights as they are: n + 1 evaluations a step, where SPSA takes 2n for as many directions.
+
+    g = 1/n sum_i (L(theta + eps z_i) - L(theta)) / eps z_i, with z_i = z(seed of query i).
+
+    The bias is O(eps**2), as that of SPSA, for the noises are symmetric. The curvature along z, eps / 2 z' H z, which cancels between
+    opposite points, stays in every difference and adds to the variance: a smaller eps than SPSA's is of use, and so are more queries.
+
+    `normalized` divides by sigma, the standard deviation of the n values (n - 1 degrees of freedom), as FZOO does (arXiv 2506.09034):
+    steps then have the same size whatever the gradient is, as normalised gradient steps, for sigma is about eps |grad L|. A term's slope is
+
+        (L(theta + eps z_i) - L(theta)) / (n sigma)
+
+    and is divided by eps as any slope is, so that lr is eps times the step size of the paper. Equal values make no step: sigma is 0 then.
+
+    Args:
+        queries: n, the perturbations a step; at least 2 where `normalized`. FZOO uses 8.
+        normalized: whether the estimate is divided by sigma.
+        processes: of how many processes with data of their own (parallel="seeds=...") the points are; set by the exchange.
+
+    Raises ValueError for other numbers.
+    """
+
+    queries: int = 1
+    normalized: bool = False
+    processes: int = field(default=1, repr=False)
+
+    name = "one_sided"
+
+    def __post_init__(self) -> None:
+        check_flag("normalized", self.normalized)
+        meaning = "the perturbations a step" + (", which need a standard deviation" if self.normalized else "")
+        check_count("queries", self.queries, meaning, least=2 if self.normalized else 1)
+        check_count("processes", self.processes, "the processes with data of their own")
+
+    @property
+    def clips(self) -> bool:  # type: ignore[override]
+        """A bound is of use for slopes alone: normalised ones are small by construction."""
+        return not self.normalized
+
+    def points(self, seeds: Callable[[int], int]) -> list[Displacement]:
+        found: list[Displacement] = []
+        for process in range(self.processes):
+            drawn = range(process * self.queries, (process + 1) * self.queries)
+            found += [(), *(((seeds(i), 1.0),) for i in drawn)]
+        return found
+
+    def terms(self, points: Sequence[Displacement], values: Sequence[float]) -> list[Term]:
+        found = []
+        for own, there in zip(self._split(points), self._split(values), strict=True):
+            here, others = there[0], there[1:]
+            sigma = statistics.stdev(others) if self.normalized else 1.0
+            for point, value in zip(own[1:], others, strict=True):
+                slope = (value - here) / (self.queries * self.processes * sigma) if sigma > 0 else 0.0
+                found.append(Term(point[0][0], slope))
+        return found
+
+    def sides(self, values: Sequence[float]) -> tuple[float, float]:
+        """(mean over the points, mean of the values where the weights are)."""
+        blocks = self._split(values)
+        return statistics.fmean(v for own in blocks for v in own[1:]), statistics.fmean(own[0] for own in blocks)
+
+    def difference(self, values: Sequence[float]) -> float:
+        return max(abs(value - own[0]) for own in self._split(values) for value in own[1:])
+
+    def times(self, processes: int) -> OneSided:
+        return replace(self, processes=processes)
+
+    def _split(self, each: Sequence[T]) -> list[Sequence[T]]:
+        """By process."""
+        width = self.queries + 1
+        return [each[at : at + width] for at in range(0, len(each), width)]
