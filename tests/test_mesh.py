@@ -100,11 +100,11 @@ def test_seeds_are_the_mean_over_queries_each_on_its_data(name: str, results: Re
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_sends_few_bytes(name: str, results: Results) -> None:
-    """At most 64 for each query of a rank, and no more meetings than there are questions."""
+    """At most 64 for two evaluations of a rank, and no more meetings than there are questions."""
     case = CASES[name]
     _, sent, meetings = results[case.world][0][name]["counts"]
     estimator = case.options.get("estimator") or SPSA()
-    queries = getattr(estimator, "queries", getattr(estimator, "samples", 0) / 2)
+    queries = getattr(estimator, "queries", getattr(estimator, "samples", 0) / 2) + len(estimator.along) / 2
     a_step = 2 if estimator.along else 1
     extra = 2 * STEPS if case.metric else 0  # samples to rank 0, values from it
     assert meetings == 1 + a_step * STEPS + extra

@@ -238,7 +238,7 @@ def test_a_conservative_step_never_makes_the_loss_of_its_data_worse() -> None:
         (lambda: OneSided(0), r"Invalid queries: 0\. Must be an integer >= 1"),
         (lambda: OneSided(1, normalized=True), r"Invalid queries: 1\. Must be an integer >= 2 .*standard deviation"),
         (lambda: OneSided(2, normalized="yes"), r"Invalid normalized: 'yes'\. Must be True or False"),  # type: ignore[arg-type]
-        (lambda: ZOOptimizer(mlp(), lr=LR, clip=1.0, estimator=OneSided(normalized=True)), "Invalid clip: 1.0"),
+        (lambda: ZOOptimizer(mlp(), lr=LR, clip=1.0, estimator=OneSided(2, normalized=True)), "Invalid clip: 1.0"),
     ],
 )
 def test_what_is_refused(make: Any, said: str) -> None:
