@@ -9,13 +9,14 @@ from zo_lightning.engine.options import EngineOptions
 from zo_lightning.engine.parallel import DataParallel, Exchange, Mesh, PeerError, Processes
 from zo_lightning.engine.report import Estimate, StepReport
 from zo_lightning.engine.safeguard import DivergenceError, Safeguard
-from zo_lightning.engine.updates import SGD, UpdateRule
+from zo_lightning.engine.updates import SGD, Adam, Momentum, Sign, TorchOptimizer, UpdateRule
 
 first_calls.make()
 
 __all__ = [
     "SGD",
     "SPSA",
+    "Adam",
     "Conservative",
     "DataParallel",
     "DivergenceError",
@@ -25,6 +26,7 @@ __all__ = [
     "Exchange",
     "Gaussian",
     "Mesh",
+    "Momentum",
     "Noise",
     "OneSided",
     "PeerError",
@@ -32,8 +34,10 @@ __all__ = [
     "Rademacher",
     "RankSGD",
     "Safeguard",
+    "Sign",
     "StepReport",
     "Term",
+    "TorchOptimizer",
     "UpdateRule",
     "ZOOptimizer",
     "ZOWarning",

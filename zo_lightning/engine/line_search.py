@@ -20,7 +20,7 @@ def candidates(along: Sequence[float], terms: Sequence[Term], rule: UpdateRule, 
 
     Raises ValueError where groups have other multiples than the first: a displacement has one for all.
     """
-    multiples = [tuple(c / group.eps for c in rule.step(terms, group)[1]) for group in settings]
+    multiples = [tuple(-group.lr * g / group.eps for g in rule.projected(terms, group.eps)) for group in settings]
     for index, own in enumerate(multiples):
         if not all(math.isclose(a, b, rel_tol=1e-9, abs_tol=0.0) for a, b in zip(own, multiples[0], strict=True)):
             ratios = ", ".join(f"{group.lr / group.eps**2:g}" for group in settings)

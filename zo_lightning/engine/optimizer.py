@@ -23,9 +23,9 @@ from zo_lightning.engine.lockstep import Remember
 from zo_lightning.engine.masks import Mask, Masks
 from zo_lightning.engine.masks.rules import Chosen
 from zo_lightning.engine.messages import say_once, tell_once
-from zo_lightning.engine.noise import Change, Noise
+from zo_lightning.engine.noise import Noise
 from zo_lightning.engine.objectives import Objective, measured
-from zo_lightning.engine.options import EngineOptions, as_estimator, as_noise, as_safeguard, check_group
+from zo_lightning.engine.options import EngineOptions, as_estimator, as_noise, as_rule, as_safeguard, check_group, check_rule
 from zo_lightning.engine.parallel import Exchange
 from zo_lightning.engine.parallel.alike import check_mesh, described, digest, sum_of
 from zo_lightning.engine.parameters import Trained, collect, names_of, signature, split_input
@@ -35,7 +35,7 @@ from zo_lightning.engine.safeguard import Safeguard
 from zo_lightning.engine.seeds import evaluation_seed, query_seed, rounding_seed
 from zo_lightning.engine.shards import any_sharded
 from zo_lightning.engine.signals import held
-from zo_lightning.engine.updates import SGD, GroupSettings
+from zo_lightning.engine.updates import GroupSettings, UpdateRule
 from zo_lightning.engine.window import Window
 
 
@@ -53,6 +53,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             trained (kinds.py): lr 1e-6 and eps 1e-3 for weights, 5e-5 and 1e-2 for LoRA, 1e-3 and 1e-1 for prefixes and prompts.
         noise: "rademacher" or "gaussian", or a `Noise`.
         estimator: an `Estimator`; None is `SPSA(queries=1)`.
+        update: "sgd", "sign", "momentum", "adam", or an `UpdateRule`. lr must be given with those that are not SGD or momentum.
         weights: "exact", "copy", "inplace" or "auto": how perturbed weights come to exist (docs/architecture.md).
         seed: of the run; perturbations and dropout masks are functions of (seed, step).
         dropout: False switches Dropout modules off during evaluations, as MeZO's eval mode does.
@@ -77,6 +78,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         noise: str | Noise = "rademacher",
         estimator: str | Estimator | None = None,
+        update: str | UpdateRule = "sgd",
         weights: str | Offload = "auto",
         seed: int = 0,
         dropout: bool = True,
@@ -87,7 +89,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         objective: Objective | None = None,
         module: nn.Module | None = None,
     ) -> None:
-        options = (lr, eps, seed, noise, estimator, weights, weight_decay, dropout, clip, safeguard, max_nonfinite, mask, objective)
+        options = (lr, eps, seed, noise, estimator, update, weights, weight_decay, dropout, clip, safeguard, max_nonfinite, mask, objective)
         EngineOptions(*options).validate()
         if module is not None and not isinstance(module, nn.Module):
             raise TypeError(f"module={module!r} is not an nn.Module. Pass the module whose forward the closure evaluates.")
@@ -96,7 +98,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         self._names = {**(names_of(self.module) if self.module is not None else {}), **given}
         self.noise, self.estimator = as_noise(noise), as_estimator(estimator)
         self.weights, self.seed = weights, seed
-        self.rule = SGD(clip)
+        self.rule = as_rule(update, clip)
+        self.progress = self.rule.begin()
         self.safeguard = as_safeguard(safeguard)
         self.max_nonfinite = max_nonfinite
         self._exchange, self._narrow, self._agreed = Exchange(), self.estimator, True
@@ -105,7 +108,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         self._evaluator = Evaluator(self.module, dropout)
         self._window: Window | None = None
         self._residency: Residency | None = None
-        self.masters = Masters()
+        self.masters = Masters(every=self.rule.dense)
         self.masks = Masks(mask)
         self.objective = objective
         self._signature: tuple[Any, ...] = ()
@@ -126,13 +129,19 @@ class ZOOptimizer(torch.optim.Optimizer):
         trained = self._trained()
         check_kinds(trained)
         kind = kind_of(trained)
+        if "lr" in left_out and self.rule.dense:
+            raise ValueError(
+                f"lr is left out, and there is no usual one with update={self.rule.name!r}, whose steps have another size than SGD's: "
+                "about lr for every weight. Give lr, e.g. 1e-4."
+            )
         for name in left_out:
             self.defaults[name] = getattr(kind, name)
             for group, given in zip(self.param_groups, own, strict=True):
                 if name not in given:
                     group[name] = self.defaults[name]
         if kind.clip is not None and self.rule.clip is None and self.estimator.clips:
-            self.rule = SGD(kind.clip)
+            self.rule = replace(self.rule, clip=kind.clip)
+            self.progress = self.rule.begin()
             tell_once(f"clip.{kind.name}", f"clip={kind.clip:g}: the bound on projected gradients that {kind.source} has for {kind.name}.")
         if left_out and kind is not WEIGHTS:
             values = ", ".join(f"{name}={self.defaults[name]:g}" for name in sorted(left_out))
@@ -170,6 +179,11 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.estimator = exchange.widened(self._narrow)
         self._exchange, self._window, self._agreed = exchange, None, exchange.world_size == 1
 
+    def forget(self) -> None:
+        """Begin again from the weights alone, as a replay does: without float32 masters, and without what the update rule remembers."""
+        self.masters.clear()
+        self.progress.clear()
+
     @property
     def eps(self) -> float:
         """Perturbation scale of the first group."""
@@ -191,7 +205,10 @@ class ZOOptimizer(torch.optim.Optimizer):
             say_once("grad_hooks", "Hooks on the gradients of parameters never run: forward-only training computes no gradient.")
         if before is not None and not before.retired:
             before.close()
-        self._residency = build_residency(self.weights, self.module, trained, self.noise, before)
+        self._residency = None
+        found = build_residency(self.weights, self.module, trained, self.noise, before)
+        check_rule(self.rule, found)
+        self._residency = found
         self._residency.masters, self._residency.masks = self.masters, self.masks
         self._signature = self._signature_for(self._residency)
         return self._residency
@@ -328,11 +345,6 @@ class ZOOptimizer(torch.optim.Optimizer):
         terms = self.estimator.terms(window.points, values) if finite else []
         lengths = self._along(window, plan, terms, settings) if self.estimator.along else []
         made = at_best(self.estimator.along, terms, lengths)
-        change = Change(
-            tuple(term.seed for term in made),
-            tuple(self.rule.step(made, group) for group in settings),
-            rounding_seed(self.seed, self.steps),
-        )
         residency = self.residency
         if not finite:
             residency.restore()
@@ -340,7 +352,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         self._record(plan, record, window, residency)
         self.masks.measure(terms, [group.eps for group in settings])
         if finite:
-            residency.update(change)
+            residency.update(self.progress.change(made, settings, rounding_seed(self.seed, self.steps)))
         residency.ended()
         self._idle = 0
         self.journal.remember(self)
@@ -386,6 +398,7 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     def _make_masks(self, chosen: Chosen | None) -> None:
         if self.masks.begin(self.steps, self.residency.trained, self.seed, self.noise, chosen):
+            self.progress.clear()
             if not self.masks.reproducible:
                 self.masks.take(self.exchange.share(self.masks.chosen))
             self.journal.mask(self)

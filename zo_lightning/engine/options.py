@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -12,10 +12,12 @@ from zo_lightning.engine.estimators import ESTIMATORS, SPSA, Estimator
 from zo_lightning.engine.masks import Mask
 from zo_lightning.engine.messages import check_number, choose
 from zo_lightning.engine.noise import NOISES, Noise
+from zo_lightning.engine.noise.rounding import rounds
 from zo_lightning.engine.objectives import Objective
 from zo_lightning.engine.parallel import Mesh, mesh_of
-from zo_lightning.engine.residency import WEIGHTS, Offload
+from zo_lightning.engine.residency import WEIGHTS, Offload, Residency
 from zo_lightning.engine.safeguard import Safeguard
+from zo_lightning.engine.updates import RULES, SGD, TorchOptimizer, UpdateRule
 
 if TYPE_CHECKING:
     from zo_lightning.engine.optimizer import ZOOptimizer
@@ -33,6 +35,7 @@ class EngineOptions:
     seed: int = 0
     noise: str | Noise = "rademacher"
     estimator: str | Estimator | None = None
+    update: str | UpdateRule = "sgd"
     weights: str | Offload = "auto"
     weight_decay: float | None = None
     dropout: bool = True
@@ -70,9 +73,20 @@ class EngineOptions:
             mesh_of(self.parallel)
         as_noise(self.noise)
         estimator = as_estimator(self.estimator)
-        if self.clip is not None and not estimator.clips:
+        rule = as_rule(self.update, self.clip)
+        if estimator.along and not isinstance(rule, SGD):
             raise ValueError(
-                f"Invalid clip: {self.clip!r} with estimator={self.estimator!r}, whose terms have a fixed size and sum to zero, which a "
+                f"Invalid update: {self.update!r} with estimator={self.estimator!r}, which tries steps along the estimate before it makes "
+                'one. Use update="sgd", or an estimator without a search.'
+            )
+        if rule.dense and isinstance(self.weights, Offload):
+            raise ValueError(
+                f"Invalid update: {self.update!r} with weights=Offload(...), whose updates are made while weights are on their way, and it "
+                'needs the estimate as a tensor. Use update="sgd" or "momentum", or keep the weights in memory.'
+            )
+        if rule.clip is not None and not estimator.clips:
+            raise ValueError(
+                f"Invalid clip: {rule.clip!r} with estimator={self.estimator!r}, whose terms have a fixed size and sum to zero, which a "
                 "bound on each would spoil. Leave clip out; a smaller lr makes smaller steps."
             )
         as_safeguard(self.safeguard)
@@ -124,6 +138,33 @@ def as_estimator(estimator: str | Estimator | None) -> Estimator:
     if estimator is None:
         return SPSA()
     return estimator if isinstance(estimator, Estimator) else choose("estimator", estimator, ESTIMATORS, "an Estimator")()  # type: ignore[operator]
+
+
+def as_rule(update: str | UpdateRule, clip: float | None = None) -> UpdateRule:
+    """The update rule for a name or an object, with the option `clip`. ValueError where both have a bound, and they differ."""
+    named = {name: rule for name, rule in RULES.items() if rule is not TorchOptimizer}
+    objects = "an UpdateRule such as TorchOptimizer('RMSprop', alpha=0.9)"
+    rule = update if isinstance(update, UpdateRule) else choose("update", update, named, objects)()  # type: ignore[operator]
+    if clip is None:
+        return rule
+    if rule.clip not in (None, clip):
+        raise ValueError(f"Invalid clip: {clip!r} beside update={update!r}, which has another one. Give one of them.")
+    return replace(rule, clip=clip)
+
+
+def check_rule(rule: UpdateRule, residency: Residency) -> None:
+    """ValueError where an update rule can't be used with these weights."""
+    if not rule.dense:
+        return
+    if residency.name == "inplace" and any(rounds(p.tensor.dtype) for p in residency.trained):
+        raise ValueError(
+            f'Invalid update: {rule.name!r} with weights="inplace" and 16-bit weights, of which this rule keeps float32 values: moves '
+            'in place would leave them behind. Use weights="exact" or "copy".'
+        )
+    if any(p.region is not None for p in residency.trained) and (rule.remembers or not rule.shards):
+        raise ValueError(
+            f'Invalid update: {rule!r} with sharded weights, for which its state is not kept. Use update="sgd", "sign" or "momentum".'
+        )
 
 
 def as_safeguard(safeguard: str | Safeguard | None) -> Safeguard | None:

@@ -17,7 +17,8 @@ VERSION = 1
 _COUNTERS = ("seed", "steps", "skipped_steps", "zero_difference_steps")
 
 COPIED = (
-    *("module", "noise", "estimator", "weights", "seed", "rule", "safeguard", "max_nonfinite", "report", "masters", "masks", "objective"),
+    *("module", "noise", "estimator", "weights", "seed", "rule", "progress", "safeguard", "max_nonfinite", "report"),
+    *("masters", "masks", "objective"),
     *("_exchange", "_narrow", "_agreed", "_factors"),
     *("steps", "skipped_steps", "zero_difference_steps", "_nonfinite_run", "_zero_run", "_window"),
 )
@@ -38,6 +39,7 @@ def saved(optimizer: ZOOptimizer) -> dict[str, Any]:
         "idle": optimizer._idle,
         "masters": _whole_masters(optimizer),
         "masks": optimizer.masks.state_dict(),
+        "update": {"name": optimizer.rule.name, "state": optimizer.progress.state_dict()},
         "window": None if window is None else window.state_dict(),
     }
 
@@ -67,6 +69,10 @@ def check(optimizer: ZOOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"The state has version {zo.get('version')} or is incomplete; this release reads version {VERSION}.")
     if zo["noise"] != optimizer.noise.name:
         raise ValueError(f"noise={optimizer.noise.name!r}, but the state was saved with noise={zo['noise']!r}. Resume with the same noise.")
+    if zo["update"]["name"] != optimizer.rule.name:
+        raise ValueError(
+            f"update={optimizer.rule.name!r}, but the state was saved with update={zo['update']['name']!r}. Resume with the same rule."
+        )
     there, here = zo["masks"]["mask"], optimizer.masks.mask
     if there != (None if here is None else here.described()):
         before, now = ("no mask" if mask is None else f"the mask {mask}" for mask in (there, None if here is None else here.described()))
@@ -86,6 +92,7 @@ def load(optimizer: ZOOptimizer, zo: dict[str, Any]) -> None:
     optimizer._evaluator.count, optimizer._idle = zo["forward_passes"], zo["idle"]
     optimizer.masters.load_state_dict(_own_masters(optimizer, zo["masters"]))
     optimizer.masks.load_state_dict(zo["masks"], {p.key: p.tensor.device for p in optimizer._trained()})
+    optimizer.progress.load_state_dict(zo["update"]["state"])
     if optimizer.safeguard is not None and zo["safeguard"] is not None:
         optimizer.safeguard.load_state_dict(zo["safeguard"])
     optimizer._window = None if zo["window"] is None else optimizer._new_window()

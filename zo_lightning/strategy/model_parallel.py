@@ -16,6 +16,7 @@ from zo_lightning.engine.optimizer import ZOOptimizer
 from zo_lightning.engine.options import EngineOptions
 from zo_lightning.engine.parallel import NOT_SHARDED, Exchange, Mesh, ShardParallel, mesh_of
 from zo_lightning.engine.safeguard import Safeguard
+from zo_lightning.engine.updates import UpdateRule
 from zo_lightning.strategy.forward_only import STATE, ForwardOnly
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ class ZOModelParallelStrategy(ForwardOnly, _PlainStates):
         seed: int = 0,
         noise: str | Noise = "rademacher",
         estimator: str | Estimator | None = None,
+        update: str | UpdateRule = "sgd",
         weights: str = "auto",
         weight_decay: float | None = None,
         dropout: bool = True,
@@ -110,7 +112,8 @@ class ZOModelParallelStrategy(ForwardOnly, _PlainStates):
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
     ) -> None:
-        given = (lr, eps, seed, noise, estimator, weights, weight_decay, dropout, clip, safeguard, max_nonfinite, mask, objective, parallel)
+        method = (noise, estimator, update, weights)
+        given = (lr, eps, seed, *method, weight_decay, dropout, clip, safeguard, max_nonfinite, mask, objective, parallel)
         if parallel is not None and mesh_of(parallel) != Mesh(data=mesh_of(parallel).data):
             raise ValueError(NOT_SHARDED.format(parallel=parallel))
         self.cluster_environment = None

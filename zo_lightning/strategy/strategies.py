@@ -15,6 +15,7 @@ from zo_lightning.engine.objectives import Objective
 from zo_lightning.engine.options import EngineOptions
 from zo_lightning.engine.parallel import UNSET, Exchange, Mesh, Processes, as_mesh, broadcast_parameters
 from zo_lightning.engine.safeguard import Safeguard
+from zo_lightning.engine.updates import UpdateRule
 from zo_lightning.strategy.forward_only import ForwardOnly
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class ZOStrategy(ForwardOnly, SingleDeviceStrategy):
         weight_decay: decoupled; None takes the optimizer's.
         eps: perturbation scale; None is what suits what is trained (`ZOOptimizer`). seed: of the run.
         noise: "rademacher" or "gaussian". estimator: an `Estimator`; None is SPSA(queries=1).
+        update: "sgd", "sign", "momentum", "adam", or an `UpdateRule`: what the estimate does to the weights.
         weights: "exact", "copy", "inplace" or "auto". dropout: False switches Dropout modules off while training.
         clip: bound on the absolute projected gradient. safeguard: "stop", "halve", "warn", None or a `Safeguard`.
         max_nonfinite: steps with a non-finite loss in a row before FloatingPointError.
@@ -54,6 +56,7 @@ class ZOStrategy(ForwardOnly, SingleDeviceStrategy):
         seed: int = 0,
         noise: str | Noise = "rademacher",
         estimator: str | Estimator | None = None,
+        update: str | UpdateRule = "sgd",
         weights: str = "auto",
         weight_decay: float | None = None,
         dropout: bool = True,
@@ -69,7 +72,8 @@ class ZOStrategy(ForwardOnly, SingleDeviceStrategy):
         checkpoint_io: Any = None,
         precision_plugin: Any = None,
     ) -> None:
-        given = (lr, eps, seed, noise, estimator, weights, weight_decay, dropout, clip, safeguard, max_nonfinite, mask, objective, parallel)
+        method = (noise, estimator, update, weights)
+        given = (lr, eps, seed, *method, weight_decay, dropout, clip, safeguard, max_nonfinite, mask, objective, parallel)
         options = EngineOptions(*given)
         host = {"accelerator": accelerator, "checkpoint_io": checkpoint_io, "precision_plugin": precision_plugin}
         as_mesh(parallel, 1)
@@ -123,6 +127,7 @@ class ZODDPStrategy(ForwardOnly, DDPStrategy):
         seed: int = 0,
         noise: str | Noise = "rademacher",
         estimator: str | Estimator | None = None,
+        update: str | UpdateRule = "sgd",
         weights: str = "auto",
         weight_decay: float | None = None,
         dropout: bool = True,
@@ -141,7 +146,8 @@ class ZODDPStrategy(ForwardOnly, DDPStrategy):
         checkpoint_io: Any = None,
         precision_plugin: Any = None,
     ) -> None:
-        given = (lr, eps, seed, noise, estimator, weights, weight_decay, dropout, clip, safeguard, max_nonfinite, mask, objective, parallel)
+        method = (noise, estimator, update, weights)
+        given = (lr, eps, seed, *method, weight_decay, dropout, clip, safeguard, max_nonfinite, mask, objective, parallel)
         options = EngineOptions(*given)
         self.cluster_environment = cluster_environment
         host = {

@@ -9,27 +9,39 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from zo_lightning.engine.noise.base import Drawn, Noise
+from zo_lightning.engine.noise.base import Drawn, Noise, compute_dtype
 from zo_lightning.engine.noise.compiling import available
 from zo_lightning.engine.noise.flat import Small, step_flat
 from zo_lightning.engine.noise.large import compiled, flat, large
 from zo_lightning.engine.noise.members import Listed, Members
 from zo_lightning.engine.noise.region import Region
-from zo_lightning.engine.noise.sweep import SMALL, Item, elements, keys_of, masks_of, packs, worth
+from zo_lightning.engine.noise.sweep import SMALL, Item, elements, keys_of, masks_of, packs, sweep, worth
 
 CHUNK = 1 << 21
 """Elements of a large tensor that stay in cache together."""
 
 
+class Through(Protocol):
+    """What an estimate goes through, where a step is another function of it than a multiple."""
+
+    def moves(self, group: int) -> bool:
+        """Whether weights of a group are moved at all."""
+
+    def move(self, key: int, group: int, theta: Tensor, estimate: Tensor) -> None:
+        """Move `theta`, in place, by the estimate of its shape and dtype, which may be written to."""
+
+
 class Change(NamedTuple):
     """One update: theta <- decay theta + sum_j c_j z(seeds[j]), with (decay, (c_1, ..., c_n)) of each parameter group.
 
-    `rounding` is the seed of the stochastic rounding of 16-bit weights; None rounds to nearest.
+    `rounding` is the seed of the stochastic rounding of 16-bit weights; None rounds to nearest. With `through` the sum is the estimate that
+    is given to it, after the decay.
     """
 
     seeds: tuple[int, ...]
     steps: tuple[tuple[float, tuple[float, ...]], ...]
     rounding: int | None
+    through: Through | None = None
 
 
 class Weights(Protocol):
@@ -62,6 +74,14 @@ def step_of(change: Change, weights: Weights) -> tuple[float, tuple[float, ...]]
     return decay, coefficients if weights.unit == 1.0 else tuple(c * weights.unit for c in coefficients)
 
 
+def moves(change: Change, group: int) -> bool:
+    """Whether a change moves weights of a group."""
+    if change.through is not None:
+        return change.through.moves(group)
+    decay, coefficients = change.steps[group]
+    return decay != 1.0 or any(coefficients)
+
+
 def hold(weights: Sequence[Weights]) -> None:
     """theta <- max(least, theta) where there is a bound."""
     for w in weights:
@@ -79,6 +99,36 @@ def apply_changes(
     for change in changes if bounded else ():
         _apply(bounded, [change], noise, masks)
         hold(bounded)
+
+
+@torch.no_grad()
+def apply_through(weights: Sequence[Weights], change: Change, noise: Noise, masks: Mapping[int, Members] = MappingProxyType({})) -> None:
+    """Apply a change that goes `through` something, one tensor after another; `masks` are by the key of the parameter."""
+    through = change.through
+    if through is None:
+        raise TypeError("The change goes through nothing.")
+    for w in weights:
+        theta, (decay, coefficients) = w.tensor.detach(), change.steps[w.group]
+        estimate = torch.zeros(theta.shape, dtype=compute_dtype(theta.dtype), device=theta.device)
+        sweep([Item(estimate, estimate, w.key, 1.0, coefficients, region=w.region)], change.seeds, noise)
+        keep = _kept(w, theta, masks.get(w.key))
+        if keep is not None:
+            estimate.masked_fill_(~keep, 0.0)
+        moved = theta if keep is None and w.unit == 1.0 else theta / w.unit
+        if decay != 1.0:
+            moved.mul_(decay)
+        through.move(w.key, w.group, moved, estimate)
+        if moved is not theta:
+            theta.copy_(moved * w.unit if keep is None else torch.where(keep, moved * w.unit, theta))
+    hold(weights)
+
+
+def _kept(w: Weights, theta: Tensor, mask: Members | None) -> Tensor | None:
+    """The mask as a bool tensor; None where all of it is trained."""
+    if mask is None:
+        return None
+    index = torch.arange(theta.numel(), device=theta.device) if w.region is None else w.region.index(theta.device)
+    return mask.at(index, theta.reshape(-1)).view(theta.shape)
 
 
 def _apply(weights: Sequence[Weights], changes: Sequence[Change], noise: Noise, masks: Mapping[int, Members]) -> None:

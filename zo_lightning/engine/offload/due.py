@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zo_lightning.engine.masks.state import Masks
 from zo_lightning.engine.noise import Change, Noise
-from zo_lightning.engine.noise.changes import apply_changes
+from zo_lightning.engine.noise.changes import apply_changes, moves
 from zo_lightning.engine.noise.members import Members
 from zo_lightning.engine.offload.parcels import FROZEN, Parcel
 from zo_lightning.engine.offload.stamps import Moment
@@ -26,8 +26,7 @@ class Due:
         """Whether it changes anything of a tensor."""
         if p.group == FROZEN or not Masks.fixed(self.masks).trains(p.key):
             return False
-        decay, coefficients = self.change.steps[p.group]
-        return decay != 1.0 or any(coefficients)
+        return moves(self.change, p.group)
 
     def mask_of(self, p: Trained) -> Members | None:
         """The mask that it has for a tensor, where that tensor is."""

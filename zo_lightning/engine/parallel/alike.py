@@ -64,6 +64,7 @@ def described(optimizer: ZOOptimizer) -> dict[str, str]:
     where = [str(getattr(p.aliases[0], "placements", "whole")) for p in residency.trained]
     same = {
         "the estimator": repr(optimizer.estimator),
+        "the update rule": repr(optimizer.rule),
         "the noise": optimizer.noise.name,
         "the seed": str(optimizer.seed),
         "the count of steps": str(optimizer.steps),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zo_lightning.engine.estimators import Displacement
 from zo_lightning.engine.masks.state import Masks
 from zo_lightning.engine.noise import Change, Item, Noise, sweep
-from zo_lightning.engine.noise.changes import hold, step_of
+from zo_lightning.engine.noise.changes import apply_through, hold, moves, step_of
 from zo_lightning.engine.noise.members import Members
 from zo_lightning.engine.parameters import Trained
 from zo_lightning.engine.residency.masters import Masters
@@ -67,16 +67,22 @@ class Residency(ABC):
 
     def update(self, change: Change) -> None:
         """theta <- decay theta + sum_j c_j z(s_j), with (decay, c) of each group; not interrupted by signals."""
-        trained = self.moving(self.steady())
-        moving = [p for p in trained if change.steps[p.group][0] != 1.0 or any(change.steps[p.group][1])]
+        moving = [p for p in self.moving(self.steady()) if moves(change, p.group)]
         with self.still(), held():
-            items, moved = [], self.masters.instead_of(moving)
-            for p in moved:
-                weights = p.tensor.detach()
-                items.append(Item(weights, weights, p.key, *step_of(change, p), mask=self.mask_of(p), region=p.region))
-            sweep(items, change.seeds, self.noise, rounding=change.rounding)
-            hold(moved)
+            moved = self.masters.instead_of(moving)
+            if change.through is not None:
+                apply_through(moved, change, self.noise, {p.key: mask for p in moved if (mask := self.mask_of(p)) is not None})
+            else:
+                self._sweep(moved, change)
             self.masters.write_back()
+
+    def _sweep(self, moved: Sequence[Trained], change: Change) -> None:
+        items = []
+        for p in moved:
+            weights = p.tensor.detach()
+            items.append(Item(weights, weights, p.key, *step_of(change, p), mask=self.mask_of(p), region=p.region))
+        sweep(items, change.seeds, self.noise, rounding=change.rounding)
+        hold(moved)
 
     def moving(self, parameters: Sequence[Trained]) -> list[Trained]:
         """Those of which the mask trains anything."""

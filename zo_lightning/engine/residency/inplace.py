@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 from zo_lightning.engine.estimators import Displacement
 from zo_lightning.engine.noise import Change, Item, sweep
-from zo_lightning.engine.noise.changes import hold, step_of
+from zo_lightning.engine.noise.changes import apply_through, hold, moves, step_of
 from zo_lightning.engine.noise.members import Band, Bits, Members
 from zo_lightning.engine.parameters import Trained
 from zo_lightning.engine.residency.base import Residency, eps_of
@@ -109,6 +109,12 @@ class InPlace(Residency):
                 self.restore()
 
     def update(self, change: Change) -> None:
+        if change.through is not None:
+            self.restore()
+            moving = [p for p in self.moving(self.trained) if moves(change, p.group)]
+            with self.still(), held():
+                apply_through(moving, change, self.noise, {p.key: mask for p in moving if (mask := self._mask(p)) is not None})
+            return
         back = self._here
         every = list(dict.fromkeys([*back, *change.seeds]))
         items = []

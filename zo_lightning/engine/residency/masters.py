@@ -22,11 +22,16 @@ def has_master(tensor: Tensor) -> bool:
 
 
 class Masters:
-    """theta_32 of every 16-bit vector; the model's own value is theta_32 rounded to nearest."""
+    """theta_32 of every 16-bit vector, or `every` 16-bit tensor; the model's own value is theta_32 rounded to nearest."""
 
-    def __init__(self) -> None:
+    def __init__(self, every: bool = False) -> None:
+        self._every = every
         self._kept: dict[int, Tensor] = {}
         self._waiting: list[tuple[Tensor, Tensor]] = []
+
+    def has(self, tensor: Tensor) -> bool:
+        """Whether a trained tensor is kept in float32 here."""
+        return has_master(tensor) or (self._every and rounds(tensor.dtype))
 
     def clear(self) -> None:
         """Begin again from the model's values."""
@@ -39,7 +44,7 @@ class Masters:
         self._waiting = []
         groups: dict[tuple[torch.device, torch.dtype], list[Trained]] = {}
         for p in trained:
-            if has_master(p.tensor) and p.numel:
+            if self.has(p.tensor) and p.numel:
                 groups.setdefault((p.tensor.device, p.tensor.dtype), []).append(p)
         masters: dict[int, Tensor] = {}
         for (device, dtype), vectors in groups.items():
@@ -62,7 +67,7 @@ class Masters:
         return all(
             torch.equal(self._kept[p.key].to(p.tensor.device, p.tensor.dtype), p.tensor.detach()) if p.key in self._kept else whole
             for p in trained
-            if has_master(p.tensor) and p.tensor.numel()
+            if self.has(p.tensor) and p.tensor.numel()
         )
 
     def state_dict(self) -> dict[str, Tensor]:

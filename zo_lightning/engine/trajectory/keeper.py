@@ -181,7 +181,7 @@ class Trajectory(Journal):
     def _continue(self, optimizer: ZOOptimizer, log: Log, first: bool) -> None:
         step = optimizer.steps
         if any(segment.step == step for segment in log.segments):
-            optimizer.masters.clear()
+            optimizer.forget()
         if first:
             self._writer = LogWriter.open(self.path, fsync=self._fsync)
         elif not any_sharded(optimizer.residency.trained):  # these have looked together
@@ -225,7 +225,7 @@ class Trajectory(Journal):
         if base is not None and (first or any_sharded(trained)):
             with optimizer.residency.settled():
                 save_base(self.folder / base, trained, writing=first)
-        optimizer.masters.clear()  # a replay begins with the weights alone
+        optimizer.forget()  # a replay begins with the weights alone
         return describe(optimizer, fingerprint, frozen, base)
 
     def _begun(self, optimizer: ZOOptimizer, segment: Segment) -> None:
@@ -292,7 +292,7 @@ class Trajectory(Journal):
                 f"({segment.base}) is not there, or other parameters are trained here. Resume from a later checkpoint, or begin anew "
                 "with resume=False."
             )
-        optimizer.masters.clear()
+        optimizer.forget()
         self._state = self._watch.state(optimizer.residency)
 
     def _changed_set(self, optimizer: ZOOptimizer) -> bool:

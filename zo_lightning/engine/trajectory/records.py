@@ -245,7 +245,7 @@ def _part(part: object, name: str) -> None:
     for option, value in entries["options"].items():
         _text(option, name, 100)
         if isinstance(value, str):
-            _text(value, f"{name}: {option}", 100, 0)
+            _text(value, f"{name}: {option}", 1000, 0)
         elif isinstance(value, float):
             _require(math.isfinite(value), f"{name}: {option} is not finite")
         elif value is not None and not isinstance(value, bool):

@@ -21,6 +21,7 @@ from zo_lightning.engine.trajectory.records import Checkpoint, End, Mark, MaskRe
 from zo_lightning.engine.trajectory.steps import Stepper
 from zo_lightning.engine.trajectory.targets import Target, match, module_of, noise_of
 from zo_lightning.engine.trajectory.weights import load_base
+from zo_lightning.engine.updates import RULES
 
 if TYPE_CHECKING:
     from zo_lightning.engine.optimizer import ZOOptimizer
@@ -144,6 +145,9 @@ def locate(target: Target, log: Log, end: int) -> Anchor:
 def begins(anchor: Anchor, log: Log) -> bool:
     """Whether steps can be made from an anchor by its weights alone: within a segment, 16-bit vectors have float32 masters beside them."""
     segment = anchor.segment
+    rule = RULES.get(segment.rule["name"])
+    if rule is not None and (rule.remembers or rule.dense):  # of earlier steps, or of float32 values
+        return isinstance(log.records[anchor.place], Segment)
     masters = segment.rounding == "stochastic" and segment.residency != "inplace" and any(map(entry_has_master, segment.parameters))
     return isinstance(log.records[anchor.place], Segment) or not masters
 

@@ -13,8 +13,9 @@ from zo_lightning.engine.journal import StepRecord
 from zo_lightning.engine.line_search import at_best
 from zo_lightning.engine.masks import Masks
 from zo_lightning.engine.masks.rules import Chosen
-from zo_lightning.engine.messages import check_number, say_once
+from zo_lightning.engine.messages import say_once
 from zo_lightning.engine.noise import Change, Noise, apply_changes
+from zo_lightning.engine.noise.changes import apply_through, moves
 from zo_lightning.engine.noise.compiling import available
 from zo_lightning.engine.parameters import Trained
 from zo_lightning.engine.recall import points_of
@@ -22,12 +23,11 @@ from zo_lightning.engine.residency import InPlace, Masters
 from zo_lightning.engine.seeds import query_seed, rounding_seed
 from zo_lightning.engine.signals import held
 from zo_lightning.engine.trajectory.records import Options, Segment
-from zo_lightning.engine.updates import SGD, UpdateRule
+from zo_lightning.engine.updates import RULES, RuleState, UpdateRule
 
 if TYPE_CHECKING:
     from zo_lightning.engine.optimizer import ZOOptimizer
 
-RULES: dict[str, object] = {"sgd": SGD}
 BATCH = 256
 """Updates that are applied in one go."""
 
@@ -37,12 +37,11 @@ class Stepper:
 
     def __init__(self, segment: Segment, trained: Sequence[Trained], noise: Noise) -> None:
         self._segment, self._trained, self._noise = segment, trained, noise
-        self._masters = Masters()  # which a segment begins from the weights
         self._masks = Masks()
         self._estimator: Estimator = build("estimator", ESTIMATORS, segment.estimator)
         self._rule: UpdateRule = build("update rule", RULES, segment.rule)
-        if isinstance(self._rule, SGD) and self._rule.clip is not None:
-            check_number("clip of the step log", self._rule.clip, "> 0, or None", lambda x: x > 0)
+        self._masters = Masters(every=self._rule.dense)  # which a segment begins from the weights
+        self._progress: RuleState = self._rule.begin()
         say_if_not_exact(segment, trained)
 
     def apply(self, records: Sequence[StepRecord]) -> None:
@@ -58,11 +57,13 @@ class Stepper:
 
     def mask(self, chosen: Chosen) -> None:
         """From now on these elements are trained."""
+        self._progress.clear()
         self._masks = Masks.fixed(chosen)
 
     def hand_over(self, optimizer: ZOOptimizer) -> None:
         """Let a live optimizer go on from here: with these masters of 16-bit vectors and this mask."""
         optimizer.masters.load_state_dict(self._masters.state_dict())
+        optimizer.progress.load_state_dict(self._progress.state_dict())
         if self._masks.chosen is not None:
             optimizer.masks.take(self._masks.chosen)
 
@@ -79,15 +80,18 @@ class Stepper:
         points, values = self._points(record), record.values
         terms = self._estimator.terms(points, values[: len(points)])
         made = at_best(self._estimator.along, terms, values[len(points) :])
-        steps = tuple(self._rule.step(made, group) for group in record.settings)
         rounding = rounding_seed(self._segment.seed, record.step) if self._segment.rounding == "stochastic" else None
-        return Change(tuple(term.seed for term in made), steps, rounding)
+        return self._progress.change(made, record.settings, rounding)
 
     def _on_base(self, records: Sequence[StepRecord]) -> None:
         changes = [self._change(record) for record in records if not record.skipped]
         moving = [p for p in self._trained if self._masks.trains(p.key)]
         masks = {p.key: mask for p in moving if (mask := self._masks.of(p.key)) is not None}
-        if self._segment.rounding == "nearest":
+        if self._rule.dense:
+            for change in changes:
+                apply_through(self._masters.instead_of([p for p in moving if moves(change, p.group)]), change, self._noise, masks)
+                self._masters.write_back()
+        elif self._segment.rounding == "nearest":
             apply_changes(moving, changes, self._noise, masks)
         else:
             apply_changes(self._masters.instead_of(moving), changes, self._noise, masks)
