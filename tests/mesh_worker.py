@@ -15,7 +15,7 @@ from engine_models import regression
 from torch import Tensor, nn
 from torchmetrics.classification import BinaryF1Score
 
-from zo_lightning.engine import SPSA, Conservative, OneSided, Processes, RankSGD, ZOOptimizer
+from zo_lightning.engine import SPSA, Conservative, Momentum, OneSided, Processes, RankSGD, ZOOptimizer
 from zo_lightning.engine.objectives import Score
 
 STEPS = 5
@@ -44,6 +44,8 @@ CASES = {
     "line search": Case("perturbation=2", {"estimator": RankSGD(5, search=3)}),
     "one-sided on two": Case("perturbation=2", {"estimator": OneSided(4)}),
     "conservative on two": Case("perturbation=2", {"estimator": Conservative()}),
+    "momentum on two": Case("perturbation=2", {"update": Momentum(0.8, window=3)}),
+    "adam on two, bfloat16": Case("perturbation=2", {"update": "adam"}, dtype=torch.bfloat16),
     "a metric": Case("perturbation=2", {"estimator": SPSA(2)}, metric=True),
     "two queries on four": Case("perturbation=4", {"estimator": SPSA(2)}, world=4),
     "data and sides": Case("data=2,perturbation=2", {"estimator": SPSA(3)}, world=4, micro=2),
@@ -51,6 +53,7 @@ CASES = {
     "seeds": Case("seeds=4", world=4),
     "seeds of two queries, and sides": Case("seeds=2,perturbation=2", {"estimator": SPSA(2)}, world=4),
     "one-sided seeds": Case("seeds=4", {"estimator": OneSided(3)}, world=4),
+    "sign of four seeds": Case("seeds=4", {"update": "sign"}, world=4),
     "seeds and data": Case("data=2,seeds=2", world=4),
 }
 

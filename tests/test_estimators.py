@@ -148,8 +148,8 @@ def test_the_mean_of_20000_estimates_with_dropout_is_the_gradient(noise: str, qu
     """
     total = 20_000
     steps, data, model = total // queries, regression(), mlp(dropout=0.1)
-    optimizer = ZOOptimizer(model, lr=0.0, noise=noise, estimator=SPSA(queries), safeguard=None)
-    recorder = optimizer.rule = Recorder()
+    recorder = Recorder()
+    optimizer = ZOOptimizer(model, lr=0.0, noise=noise, estimator=SPSA(queries), update=recorder, safeguard=None)
     for _ in range(steps):
         optimizer.step(mean_square(model, data))
     estimate = mean_estimate(model, recorder.terms, noise, steps)
@@ -182,7 +182,7 @@ def test_terms_are_half_the_differences_over_the_number_of_queries() -> None:
 )
 def test_clip_bounds_the_projected_gradient_of_each_query(clip: float | None, coefficients: tuple[float, float]) -> None:
     """Slopes 0.05 and -0.025 over eps 0.01 are 5 and -2.5, already divided by 2 queries: 10 and -5 before."""
-    decay, got = SGD(clip).step([Term(1, 0.05), Term(2, -0.025)], GroupSettings(lr=0.1, eps=0.01, weight_decay=0.5))
+    decay, got = SGD(clip=clip).step([Term(1, 0.05), Term(2, -0.025)], GroupSettings(lr=0.1, eps=0.01, weight_decay=0.5))
     assert decay == 0.95
     assert got == pytest.approx(coefficients)
 

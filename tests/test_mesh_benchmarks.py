@@ -37,9 +37,23 @@ def test_modes_are_compared(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2, reason="binds two processes to cores")
 def test_ratios_of_one_run(tmp_path: Path) -> None:
-    small = ("--eager", "--layers", "1", "--width", "32", "--batch", "2", "--length", "8", "--steps", "1", "--repeats", "2")
+    small = (
+        "--eager",
+        "--layers",
+        "1",
+        "--width",
+        "32",
+        "--batch",
+        "2",
+        "--length",
+        "8",
+        "--steps",
+        "1",
+        "--repeats",
+        "5",
+    )  # of five, quartiles are values
     rows = {row["case"]: row for row in measured("mesh_speed.py", tmp_path, *small)["rows"]}
     low, middle, high = rows["perturbation=2"]["time_over_one_process"]
     assert 0 < low <= middle <= high
     queries, times = rows["seeds=2"]["times_the_queries_a_second"], rows["seeds=2"]["time_over_one_process"]
-    assert queries[1] == pytest.approx(2 / times[1], rel=0.2)
+    assert queries == pytest.approx([2 / time for time in reversed(times)], rel=0.02)

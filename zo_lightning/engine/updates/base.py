@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from zo_lightning.engine.estimators import Term
@@ -22,13 +21,13 @@ class GroupSettings:
 
 
 @dataclass(frozen=True)
-class UpdateRule(ABC):
-    """The options of a rule, which step logs record; `begin` gives what changes from step to step.
+class UpdateRule:
+    """The options of a rule, which step logs record. A rule of the terms of the step alone has a `step`, others a state that they `begin`.
 
     `clip` bounds the absolute projected gradient of each query: QZO (arXiv 2505.13430) clips at 100. ValueError for one that is not > 0.
     """
 
-    clip: float | None = None
+    clip: float | None = field(default=None, kw_only=True)
 
     name: ClassVar[str]
     remembers: ClassVar[bool] = False
@@ -42,9 +41,13 @@ class UpdateRule(ABC):
         if self.clip is not None:
             check_number("clip", self.clip, "> 0, or None", lambda x: x > 0)
 
-    @abstractmethod
     def begin(self) -> RuleState:
         """The state of a run that has made no step."""
+        return RuleState(self)
+
+    def step(self, terms: Sequence[Term], group: GroupSettings) -> tuple[float, tuple[float, ...]]:
+        """(decay, (c_1, ..., c_n)) for one group, in float64: theta <- decay theta + sum_j c_j z_j."""
+        raise NotImplementedError(f"{type(self).__name__} has neither a step nor a state of its own.")
 
     def projected(self, terms: Sequence[Term], eps: float) -> list[float]:
         """g_j / n for every term, clipped: the estimate is sum_j g_j / n z_j."""
@@ -55,19 +58,22 @@ class UpdateRule(ABC):
         return [max(-bound, min(bound, g)) for g in slopes]
 
 
-class RuleState(ABC):
-    """What a rule remembers, a function of the terms so far: whoever has these, rebuilds it."""
+class RuleState:
+    """What a rule remembers, a function of the terms so far: whoever has these, rebuilds it. This one remembers nothing."""
 
-    @abstractmethod
+    def __init__(self, rule: UpdateRule) -> None:
+        self._rule = rule
+
     def change(self, terms: Sequence[Term], settings: Sequence[GroupSettings], rounding: int | None) -> Change:
-        """The change of a step, in float64; `rounding` is the seed of its stochastic rounding. The terms are remembered."""
+        """The change of a step; `rounding` is the seed of its stochastic rounding. From now on its terms are remembered."""
+        return Change(tuple(term.seed for term in terms), tuple(self._rule.step(terms, group) for group in settings), rounding)
 
-    def clear(self) -> None:  # noqa: B027
+    def clear(self) -> None:
         """Forget all: other weights are trained from now on, or a step log begins."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from zo_lightning.engine.updates.base import GroupSettings, RuleState, UpdateRul
 
 
 @dataclass(frozen=True)
-class Dense(UpdateRule):
+class Dense(UpdateRule, ABC):
     """A function of g = sum_j g_j / n z_j, materialised in float32 (float64 for such weights) for one tensor at a time.
 
     theta decays by 1 - lr wd first. 16-bit weights are kept in float32 beside the model. With a `Scale` it is theta / unit that is moved;
@@ -28,11 +28,8 @@ class Dense(UpdateRule):
         """The state of a run that has made no step."""
 
 
-class DenseState(RuleState):
+class DenseState(RuleState, ABC):
     """What a rule remembers of each tensor."""
-
-    def __init__(self, rule: Dense) -> None:
-        self._rule = rule
 
     def change(self, terms: Sequence[Term], settings: Sequence[GroupSettings], rounding: int | None) -> Change:
         estimates = tuple((1.0 - group.lr * group.weight_decay, tuple(self._rule.projected(terms, group.eps))) for group in settings)

@@ -48,8 +48,10 @@ class Momentum(UpdateRule):
 class _Window(RuleState):
     """The last steps, newest first: their seeds, and the projected gradients of each group."""
 
+    _rule: Momentum
+
     def __init__(self, rule: Momentum) -> None:
-        self._rule = rule
+        super().__init__(rule)
         self._steps: deque[tuple[tuple[int, ...], list[list[float]]]] = deque(maxlen=rule.window)
 
     def change(self, terms: Sequence[Term], settings: Sequence[GroupSettings], rounding: int | None) -> Change:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -114,7 +115,9 @@ class TorchOptimizer(_OfTorch):
         return self.optimizer in ELEMENTWISE
 
     def made(self, parameter: nn.Parameter) -> torch.optim.Optimizer:
-        found: torch.optim.Optimizer = getattr(torch.optim, self.optimizer)([parameter], **json.loads(self.options))
+        kind = getattr(torch.optim, self.optimizer)
+        decay = {"weight_decay": 0.0} if "weight_decay" in inspect.signature(kind).parameters else {}  # AdamW has one of its own
+        found: torch.optim.Optimizer = kind([parameter], **decay, **json.loads(self.options))
         return found
 
 
