@@ -18,7 +18,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from zo_lightning.engine import SPSA, DataParallel, Processes, ZOOptimizer
+from zo_lightning.engine import SPSA, DataParallel, Momentum, Processes, ZOOptimizer
 from zo_lightning.engine.masks import Mask, Sensitive
 from zo_lightning.engine.parallel import broadcast_parameters
 from zo_lightning.engine.residency import Offload
@@ -173,6 +173,9 @@ CASES: dict[str, Case] = {
     "a list": Case(masked=("random", 0.01), options={"weights": "exact"}),
     "a list, tensor": Case(by_tensor, {"weights": "exact"}, Two, masked=("random", 0.01), given=True),
     "measured": Case(masked=(Sensitive(steps=2), 0.2)),
+    "momentum": Case(options={"update": Momentum(0.8, window=3)}),
+    "sign, bfloat16": Case(options={"update": "sign"}, dtype=torch.bfloat16),
+    "sign, columns, small weights": Case(by_columns, {"update": "sign", "weights": "inplace"}, masked=("small_weights", 0.3)),
     "gathered until the end": Case(by_fsdp(reshard_after_forward=False)),
     "gathered until the end, inplace": Case(by_fsdp(reshard_after_forward=False), {"weights": "inplace"}),
     "resharded at once": Case(by_fsdp(reshard_after_forward=True)),
@@ -400,6 +403,7 @@ def refused(rank: int) -> dict[str, str]:
         "seeds": message(lambda: shared_out("seeds=2", weights="inplace")),
         "copies": message(copies_that_differ),
         "copy": message(lambda: ZOOptimizer(sharded(), weights="copy").residency),
+        "adam": message(lambda: ZOOptimizer(sharded(), lr=1e-3, update="adam").residency),
         "no module": message(lambda: ZOOptimizer(list(sharded().parameters())).residency),
         "offload": message(lambda: ZOOptimizer(sharded(), weights=Offload()).residency),
         "gathered": message(gathered),

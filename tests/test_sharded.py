@@ -123,6 +123,7 @@ def test_a_rank_may_have_all_or_nothing(results: Results) -> None:
         ("copies", "Rank 1 is not like rank 0: what the sharded weights are"),
         ("copy", 'weights="copy" keeps a second copy'),
         ("no module", "the module that gathers it must be known"),
+        ("adam", "Invalid update: Adam("),
         ("offload", "CPUOffloadPolicy"),
         ("gathered", "between a forward pass and module.reshard"),
         ("compiled", 'Use weights="inplace"'),

@@ -21,7 +21,7 @@ from zo_lightning.engine import SGD, SPSA, Adam, Conservative, Momentum, RankSGD
 from zo_lightning.engine.masks import Mask
 from zo_lightning.engine.parameters import Scale
 from zo_lightning.engine.residency import Offload
-from zo_lightning.engine.trajectory import replay, undo, verify
+from zo_lightning.engine.trajectory import Trajectory, replay, undo, verify
 from zo_lightning.engine.updates import RULES
 
 EPS, LR, STEPS = 1e-2, 1e-3, 100
@@ -310,3 +310,24 @@ def test_rules_and_their_names() -> None:
 def test_what_is_refused(make: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         make()
+
+
+@pytest.mark.parametrize(("rule", "goes_on"), [("sgd", True), ("momentum", False), ("sign", True), ("adam", False)])
+def test_weights_within_a_run_are_a_state_to_replay_from_only_where_nothing_is_remembered(rule: str, goes_on: bool, tmp_path: Path) -> None:
+    model, data = mlp(), regression()
+    optimizer = ZOOptimizer(model, lr=LR, eps=EPS, update=rule)
+    log = Trajectory(tmp_path)
+    log.begin(optimizer)
+    for step in range(8):
+        if step == 4:
+            log.mark(optimizer)
+            half = copy.deepcopy(model)
+        optimizer.step(mean_square(model, data))
+    log.end(optimizer)
+    log.close(optimizer)
+    if goes_on:
+        assert replay(half, log.path) == 8
+        assert same(snapshot(half), snapshot(model))
+    else:
+        with pytest.raises(ValueError, match="in none of the states"):
+            replay(half, log.path)

@@ -143,18 +143,20 @@ def locate(target: Target, log: Log, end: int) -> Anchor:
 
 
 def begins(anchor: Anchor, log: Log) -> bool:
-    """Whether steps can be made from an anchor by its weights alone: within a segment, 16-bit vectors have float32 masters beside them."""
+    """Whether steps can be made from an anchor by its weights alone: within a segment, 16-bit tensors have float32 masters beside them, and
+    an update rule may remember earlier steps.
+    """
     segment = anchor.segment
     rule = RULES.get(segment.rule["name"])
-    if rule is not None and (rule.remembers or rule.dense):  # of earlier steps, or of float32 values
-        return isinstance(log.records[anchor.place], Segment)
-    masters = segment.rounding == "stochastic" and segment.residency != "inplace" and any(map(entry_has_master, segment.parameters))
-    return isinstance(log.records[anchor.place], Segment) or not masters
+    masters = segment.rounding == "stochastic" and segment.residency != "inplace"
+    of_more = rule is not None and rule.remembers
+    of_more = of_more or (masters and any(entry_has_master(entry, rule is not None and rule.dense) for entry in segment.parameters))
+    return isinstance(log.records[anchor.place], Segment) or not of_more
 
 
-def entry_has_master(entry: ParameterEntry) -> bool:
-    """`residency.masters.has_master`, for a parameter of a log."""
-    return len(entry.shape) < 2 and entry.dtype in ("float16", "bfloat16")
+def entry_has_master(entry: ParameterEntry, every: bool) -> bool:
+    """`residency.masters.Masters.has`, for a parameter of a log."""
+    return (every or len(entry.shape) < 2) and entry.dtype in ("float16", "bfloat16")
 
 
 class _Follow:
