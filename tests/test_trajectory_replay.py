@@ -276,7 +276,7 @@ def test_gaussian_noise_of_another_torch_is_said_to_differ_in_its_last_bits(tmp_
         ({"estimator": {"name": "spsa", "options": {"querys": 1}}}, "option 'querys'"),
         ({"estimator": {"name": "spsa", "options": {"queries": 0}}}, "Invalid queries: 0"),
         ({"estimator": {"name": "spsa", "options": {"queries": 2}}}, "has 2 values; its estimator evaluates 4 points"),
-        ({"rule": {"name": "sgd", "options": {"clip": "x"}}}, "Invalid clip of the step log"),
+        ({"rule": {"name": "sgd", "options": {"clip": "x"}}}, "Invalid clip: 'x'"),
         ({"noise": "pink"}, "noise='pink' of the step log is not known"),
     ],
 )
