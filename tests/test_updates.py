@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from zo_lightning.engine.masks import Mask
 from zo_lightning.engine.parameters import Scale
 from zo_lightning.engine.residency import Offload
 from zo_lightning.engine.trajectory import Trajectory, replay, undo, verify
-from zo_lightning.engine.updates import RULES
+from zo_lightning.engine.updates import RULES, Dense, DenseState
 
 EPS, LR, STEPS = 1e-2, 1e-3, 100
 Make = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -331,3 +332,31 @@ def test_weights_within_a_run_are_a_state_to_replay_from_only_where_nothing_is_r
     else:
         with pytest.raises(ValueError, match="in none of the states"):
             replay(half, log.path)
+
+
+@dataclass(frozen=True)
+class Keeping(Dense):
+    """Keeps the estimates and moves nothing."""
+
+    kept: list[Tensor] = field(default_factory=list)
+
+    name = "keeping"
+
+    def begin(self) -> DenseState:
+        return KeepingState(self)
+
+
+class KeepingState(DenseState):
+    _rule: Keeping
+
+    def move(self, key: int, theta: Tensor, estimate: Tensor, lr: float) -> None:
+        self._rule.kept.append(estimate.clone())
+
+
+@pytest.mark.parametrize("weights", RESIDENCIES)
+def test_estimates_are_zero_where_nothing_is_trained(weights: str) -> None:
+    model, rule = mlp(), Keeping()
+    optimizer = ZOOptimizer(model, lr=LR, update=rule, mask=Mask("random", 0.3), weights=weights)
+    optimizer.step(mean_square(model, regression()))
+    zeros = [int((estimate == 0).sum()) for estimate in rule.kept if estimate.numel() == 160]
+    assert zeros == [112]
