@@ -56,6 +56,8 @@ class ZOBridge(TrainerCallback):
         trainer = self._trainer
         optimizer = trainer.zo_optimizer
         optimizer.discard()
+        # before the first collective of the Trainer, which the rank that ends first would leave the others in
+        optimizer.exchange.agree({"the number of steps (max_steps, epochs, rows of the data)": str(state.max_steps)})
         if optimizer.steps == 0 and state.global_step > 0:
             # A checkpoint without optimizer state (save_only_model): the seeds of the first steps are used up.
             optimizer.steps = state.global_step

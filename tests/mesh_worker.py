@@ -17,6 +17,7 @@ from torchmetrics.classification import BinaryF1Score
 
 from zo_lightning.engine import SPSA, Conservative, Momentum, OneSided, Processes, RankSGD, ZOOptimizer
 from zo_lightning.engine.objectives import Score
+from zo_lightning.engine.parallel import broadcast_parameters
 
 STEPS = 5
 ROWS = 16
@@ -141,6 +142,23 @@ class Trouble:
     def in_place() -> None:
         optimizer = ready("perturbation=2", weights="inplace")
         optimizer.step(lambda: answer(optimizer.module, slice(0, 4), False))
+
+    @staticmethod
+    def broadcasts_another_dtype() -> None:
+        model = model_of(Case("", dtype=torch.bfloat16 if dist.get_rank() else torch.float32))
+        broadcast_parameters(list(model.parameters()))
+
+    @staticmethod
+    def broadcasts_fewer_tensors() -> None:
+        broadcast_parameters(list(model_of(Case("")).parameters())[dist.get_rank() :])
+
+    @staticmethod
+    def window_of_another_rank() -> None:
+        optimizer = ready()
+        optimizer.estimate(lambda: answer(optimizer.module, slice(0, 4), False))
+        state = optimizer.exchange.share(optimizer.state_dict())  # that of rank 0
+        optimizer.load_state_dict(state)
+        raise ValueError("rank 0 may")
 
     @staticmethod
     def goes_on_after_an_error() -> None:

@@ -119,8 +119,17 @@ def test_what_goes_wrong_on_one_rank_is_said_on_all(results: Results) -> None:
         assert said["data_end_early"].startswith("PeerError: The run of rank 1 has come to its end, and that of others has not")
         assert said["other_eps"].startswith("ValueError: Rank 1 is not like rank 0: the settings of groups is [{'lr': 0.02, 'eps': 0.1")
         assert said["other_weights"].startswith("ValueError: Rank 1 is not like rank 0: what the trained weights are is")
+        assert said["broadcasts_another_dtype"] == (
+            "ValueError: Rank 1 is not like rank 0: tensor 0 of its model is (8, 10) of bfloat16, and that of rank 0 is (8, 10) of "
+            "float32. All processes need the same script and model."
+        )
+        assert said["broadcasts_fewer_tensors"].startswith(
+            "ValueError: Rank 1 is not like rank 0: its model has 3 tensors, and that of rank 0"
+        )
         assert said["in_place"].startswith('ValueError: Invalid weights: "inplace" with parallel="perturbation=2"')
         assert said["goes_on_after_an_error"] == "ValueError: made 1 step"
+    assert first["window_of_another_rank"] == "ValueError: rank 0 may"
+    assert second["window_of_another_rank"].startswith("ValueError: The state was saved inside an accumulation window, by rank 0 with")
     assert first["dies"].startswith("PeerError: Rank 0 did not get the losses of the other 1: one of them died")
 
 

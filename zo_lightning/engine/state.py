@@ -40,8 +40,42 @@ def saved(optimizer: ZOOptimizer) -> dict[str, Any]:
         "masters": _whole_masters(optimizer),
         "masks": optimizer.masks.state_dict(),
         "update": {"name": optimizer.rule.name, "state": optimizer.progress.state_dict()},
-        "window": None if window is None else window.state_dict(),
+        "window": None if window is None else {**window.state_dict(), "of": _whose(optimizer)},
     }
+
+
+def _whose(optimizer: ZOOptimizer) -> list[Any]:
+    """Whose measurements an unfinished window has: the rank, and the mesh of all."""
+    return [optimizer.exchange.rank, str(optimizer.exchange.mesh)]
+
+
+def of_all_ranks(state_dict: dict[str, Any], windows: list[Any]) -> dict[str, Any]:
+    """A state that all ranks can go on from: with the unfinished window of each, its `state_dict()["zo"]["window"]`, in their order."""
+    windows = [] if all(window is None for window in windows) else windows
+    return {**state_dict, "zo": {**state_dict["zo"], "window": {"ranks": windows} if windows else None}}
+
+
+def _own_window(optimizer: ZOOptimizer, saved: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Of a saved window what this rank had measured; ValueError where another one had, or other ranks shared the work."""
+    if saved is None:
+        return None
+    rank, ranks = optimizer.exchange.rank, saved.get("ranks")
+    if ranks is None:
+        own = saved
+    elif len(ranks) == optimizer.exchange.world_size:
+        own = ranks[rank]
+    else:
+        own = next(window for window in ranks if window is not None)
+    if own is None:
+        return None
+    of = own.get("of", [0, "data=1"])
+    if of != _whose(optimizer):
+        raise ValueError(
+            f'The state was saved inside an accumulation window, by rank {of[0]} with parallel="{of[1]}", and here is rank {rank} with '
+            f'"{optimizer.exchange.mesh}". Each rank has measured other values: resume with the same processes, each from its own state '
+            "(Lightning's checkpoints have those of all), or from a state saved between two steps."
+        )
+    return dict(own)
 
 
 def _whole_masters(optimizer: ZOOptimizer) -> dict[str, Tensor]:
@@ -79,9 +113,10 @@ def check(optimizer: ZOOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"The state was saved with {before}, and here is {now}. Resume with the same mask.")
     for group in state_dict["param_groups"]:
         check_group(group)
-    if zo["window"] is not None:
-        optimizer._new_window().load_state_dict(zo["window"])
-    return zo
+    own = _own_window(optimizer, zo["window"])
+    if own is not None:
+        optimizer._new_window().load_state_dict(own)
+    return {**zo, "window": own}
 
 
 def load(optimizer: ZOOptimizer, zo: dict[str, Any]) -> None:

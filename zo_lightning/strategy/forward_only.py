@@ -17,6 +17,7 @@ from zo_lightning.engine.options import EngineOptions
 from zo_lightning.engine.parallel import Exchange
 from zo_lightning.engine.residency import Offload, Offloaded
 from zo_lightning.engine.shards import is_sharded
+from zo_lightning.engine.state import of_all_ranks
 from zo_lightning.engine.undo import nothing, undoing
 from zo_lightning.prompts.heads import say_new_heads
 from zo_lightning.strategy.data_order import DataOrder
@@ -267,7 +268,10 @@ class ForwardOnly(Bindable):
         if self._zo_host is not None and self._zo_data is not None and "optimizer_states" in checkpoint:
             metrics = {key: torch.as_tensor(value).detach().cpu().clone() for key, value in self._zo_trainer.callback_metrics.items()}
             data = self._zo_gather(self._zo_data.state())
-            checkpoint[STATE] = {"engine": self._zo_host.engine.state_dict(), "data": data, "metrics": metrics}
+            state = self._zo_host.engine.state_dict()
+            if self.world_size > 1:
+                state = of_all_ranks(state, self._zo_gather(state["zo"]["window"]))
+            checkpoint[STATE] = {"engine": state, "data": data, "metrics": metrics}
             if self._zo_events is not None and loses_nothing(self._zo_trainer):
                 events = self._zo_events.checkpoint(str(filepath))
         if events is None and self._zo_events is not None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
 
 from zo_lightning.engine.parallel.mesh import NOT_SHARDED
 from zo_lightning.engine.residency import Offloaded
@@ -43,15 +43,46 @@ def _bits(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sum_of(batch: Any) -> int:
-    """The tensors of a batch as one number below 2**53; 0 where there are none, or nobody gave it."""
+    """What a batch holds as one number below 2**53: tensors, arrays, numbers and texts; 0 where there are none, or nobody gave it.
+
+    Of mappings and sequences it is what they have; of other objects, and dataclasses, their attributes that are tensors or arrays.
+    """
     total = 0
-    for leaf in tree_leaves(batch):
-        if isinstance(leaf, Tensor) and leaf.layout == torch.strided and not leaf.is_meta:
-            real = torch.view_as_real(leaf) if leaf.is_complex() else leaf
-            bits = _bits(real).long()
-            places = torch.arange(1, 2 * len(bits), 2, device=bits.device)  # so that rows in another order show
-            total = (31 * total + int((bits * places).sum())) % (1 << 53)
+    for leaf in _leaves(batch, set()):
+        total = (31 * total + _number(leaf) + 1) % (1 << 53)
     return total
+
+
+def _leaves(value: Any, above: set[int]) -> Iterator[Any]:
+    """Tensors, arrays, and what stands in containers; `above` are the containers that it stands in."""
+    if value is None or isinstance(value, (Tensor, np.ndarray, np.generic, str, bytes, bool, int, float, complex)):
+        yield value
+    elif id(value) not in above:
+        above = above | {id(value)}
+        if isinstance(value, Mapping):
+            for key in value:
+                yield str(key)
+                yield from _leaves(value[key], above)
+        elif isinstance(value, Sequence):
+            for one in value:
+                yield from _leaves(one, above)
+        else:  # its other attributes may well be of the process
+            for one in getattr(value, "__dict__", {}).values():
+                if not isinstance(one, (str, bytes, bool, int, float, complex)) and one is not None:
+                    yield from (leaf for leaf in _leaves(one, above) if isinstance(leaf, (Tensor, np.ndarray)))
+
+
+def _number(leaf: Any) -> int:
+    if isinstance(leaf, np.ndarray) and leaf.dtype != object and leaf.dtype.kind in "biuf":
+        leaf = torch.from_numpy(np.ascontiguousarray(leaf).view(np.uint8).copy())
+    if not isinstance(leaf, Tensor):
+        return int.from_bytes(hashlib.blake2b(repr(leaf).encode(errors="replace"), digest_size=6).digest(), "little")
+    if leaf.layout != torch.strided or leaf.is_meta:
+        return 0
+    real = torch.view_as_real(leaf) if leaf.is_complex() else leaf
+    bits = _bits(real).long()
+    places = torch.arange(1, 2 * len(bits), 2, device=bits.device)  # so that rows in another order show
+    return int((bits * places).sum())
 
 
 def described(optimizer: ZOOptimizer) -> dict[str, str]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from zo_lightning.engine.estimators import Estimator
 from zo_lightning.engine.parallel.exchange import Exchange
 from zo_lightning.engine.parallel.mesh import Mesh, as_mesh
-from zo_lightning.engine.parallel.tensors import broadcast_parameters
+from zo_lightning.engine.parallel.tensors import send
 
 ABSENT, PRESENT, ENDED, FAILED, SHARING, AVERAGING, COMPARING = range(7)
 """What a rank says of itself when ranks meet: it has no values, it has some, its run ended, it raised; or what else it came for."""
@@ -132,7 +132,7 @@ class Processes(Exchange):
 
     def align(self, module: nn.Module | None) -> None:
         if self._neighbours is not None and module is not None:
-            broadcast_parameters(list(module.buffers()), self._neighbours)
+            send(list(module.buffers()), self._neighbours)
 
     def mean(self, values: Tensor) -> Tensor:
         rows = self._meet(AVERAGING, values.double().tolist())
@@ -181,7 +181,8 @@ class Processes(Exchange):
     def fail(self, error: BaseException) -> None:
         """Tell the others at the next meeting, once, unless it was they who told.
 
-        They come within the time of a step, or never: then this process ends, which they notice.
+        They come within the time of a step, or never: then this process ends, which they notice. So the meeting itself has to end then: one
+        that goes on would keep the process alive, and with it the others, who wait for it elsewhere (in a host's own collectives).
         """
         if self._over or isinstance(error, PeerError):
             return
@@ -189,9 +190,17 @@ class Processes(Exchange):
         self._patience = min(self._patience, max(10.0, 3 * self._longest))
         words = f"{type(error).__name__}: {error}".encode()[:_WORDS]
         try:
+            self._limit(timedelta(seconds=self._patience))
             self._meet(FAILED, words=words)
+            self._limit(self.timeout)
         except Exception:
             return  # what has to be raised is `error`
+
+    def _limit(self, timeout: timedelta) -> None:
+        """How long what is asked of the group from now on may take."""
+        set_timeout = getattr(dist.distributed_c10d, "_set_pg_timeout", None)  # torch has no public name for it
+        if set_timeout is not None:
+            set_timeout(timeout, self.group)
 
     def leave(self) -> None:
         if not self._over:
