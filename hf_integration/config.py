@@ -33,7 +33,8 @@ class ZOArguments:
     zo_seed: int = field(default=0, metadata={"help": "Seed of the directions; independent of seed and data_seed."})
     zo_noise: str = field(default="rademacher", metadata={"help": "Distribution of the directions: rademacher, gaussian."})
     zo_estimator: str = field(
-        default="spsa", metadata={"help": "How losses become an estimate of the gradient: spsa, one_sided, conservative, rank_sgd."}
+        default="spsa",
+        metadata={"help": "How the gradient is estimated: spsa, one_sided, forward_gradient, conservative, rank_sgd."},
     )
     zo_queries: int = field(default=1, metadata={"help": "Directions measured per step; two forward passes each, one with one_sided."})
     zo_fitness: str = field(

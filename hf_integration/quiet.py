@@ -20,12 +20,14 @@ class NoBackward:
     def __init__(self) -> None:
         self._undo = Undo()
         self._inside = 0
+        self.loss: Any = None
+        """What the step would have called backward on; it returns it detached, which has no derivative any more."""
 
     @contextmanager
     def __call__(self, accelerator: object) -> Iterator[None]:
         """Around one evaluation."""
         if not self._inside:
-            self._undo.bind(accelerator, backward=nothing)
+            self._undo.bind(accelerator, backward=self._hear)
         self._inside += 1
         try:
             yield
@@ -33,6 +35,14 @@ class NoBackward:
             self._inside -= 1
             if not self._inside:
                 self._undo.undo()
+
+    def _hear(self, loss: Any, *args: Any, **kwargs: Any) -> None:
+        self.loss = loss
+
+    def take(self) -> Any:
+        """The loss of the last step."""
+        loss, self.loss = self.loss, None
+        return loss
 
 
 def rerun(trainer: Any) -> Rerun:

@@ -253,7 +253,9 @@ class ZOTrainerMixin(QuantizedMixin, ShardedMixin):
                 return {}
             seen = nullcontext(_as_it_is) if objective is None else observed(self, prepared, objective)
             with self._zo_no_backward(self.accelerator), seen as read:
-                return read(step(model, copy.copy(prepared), num_items_in_batch))
+                output = read(step(model, copy.copy(prepared), num_items_in_batch))
+                loss = self._zo_no_backward.take()
+                return loss if self.zo_optimizer.estimator.tangents else output
 
         loss = self.zo_optimizer.estimate(
             state.closure(evaluate),

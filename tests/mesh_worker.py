@@ -15,7 +15,7 @@ from engine_models import regression
 from torch import Tensor, nn
 from torchmetrics.classification import BinaryF1Score
 
-from zo_lightning.engine import SPSA, Conservative, Momentum, OneSided, Processes, RankSGD, ZOOptimizer
+from zo_lightning.engine import SPSA, Conservative, ForwardGradient, Momentum, OneSided, Processes, RankSGD, ZOOptimizer
 from zo_lightning.engine.objectives import Score
 from zo_lightning.engine.parallel import broadcast_parameters
 
@@ -45,6 +45,7 @@ CASES = {
     "line search": Case("perturbation=2", {"estimator": RankSGD(5, search=3)}),
     "one-sided on two": Case("perturbation=2", {"estimator": OneSided(4)}),
     "conservative on two": Case("perturbation=2", {"estimator": Conservative()}),
+    "derivatives on two": Case("perturbation=2", {"estimator": ForwardGradient(3)}, micro=2),
     "momentum on two": Case("perturbation=2", {"update": Momentum(0.8, window=3)}),
     "adam on two, bfloat16": Case("perturbation=2", {"update": "adam"}, dtype=torch.bfloat16),
     "a metric": Case("perturbation=2", {"estimator": SPSA(2)}, metric=True),
@@ -54,6 +55,7 @@ CASES = {
     "seeds": Case("seeds=4", world=4),
     "seeds of two queries, and sides": Case("seeds=2,perturbation=2", {"estimator": SPSA(2)}, world=4),
     "one-sided seeds": Case("seeds=4", {"estimator": OneSided(3)}, world=4),
+    "derivatives of four seeds": Case("seeds=4", {"estimator": ForwardGradient(2)}, world=4),
     "sign of four seeds": Case("seeds=4", {"update": "sign"}, world=4),
     "seeds and data": Case("data=2,seeds=2", world=4),
 }

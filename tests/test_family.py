@@ -12,7 +12,7 @@ from covering import all_pairs, pairs_of, rows
 from engine_models import mlp, regression, same, snapshot
 from torch import nn
 
-from zo_lightning.engine import SPSA, Conservative, Momentum, OneSided, RankSGD, TorchOptimizer, ZOOptimizer
+from zo_lightning.engine import SPSA, Conservative, ForwardGradient, Momentum, OneSided, RankSGD, TorchOptimizer, ZOOptimizer
 from zo_lightning.engine.estimators import ESTIMATORS
 from zo_lightning.engine.masks import Mask
 from zo_lightning.engine.noise import NOISES
@@ -28,6 +28,7 @@ CHOICES: dict[str, dict[str, Any]] = {
         "ranks": SPSA(2, fitness="ranks"),
         "one-sided": OneSided(2),
         "normalized": OneSided(3, normalized=True),
+        "forward": ForwardGradient(2),
         "conservative": Conservative(),
         "rank-sgd": RankSGD(4),
         "rank-sgd, search": RankSGD(4, search=2),
@@ -64,6 +65,10 @@ def refusal(row: Mapping[str, str]) -> str | None:
         return "Invalid update: .* tries steps along the estimate"
     if update in DENSE and weights == "offload":
         return r"Invalid update: .* with weights=Offload"
+    if estimator == "forward" and row.get("objective") == "score":
+        return "it differentiates the loss"
+    if estimator == "forward" and weights == "offload":
+        return "tangents of all trained weights"
     if row.get("clip") == "clip" and estimator in ("normalized", "rank-sgd", "rank-sgd, search"):
         return "Invalid clip: 0.5 with"
     if update in DENSE and weights == "inplace" and row.get("dtype") == "bfloat16":

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.func import functional_call
 from trajectory_tools import Recorder
 
-from zo_lightning.engine import Conservative, Estimator, OneSided, Term, ZOOptimizer
+from zo_lightning.engine import Conservative, Estimator, ForwardGradient, OneSided, Term, ZOOptimizer
 from zo_lightning.engine.masks import Mask
 from zo_lightning.engine.trajectory import replay
 
@@ -244,3 +244,14 @@ def test_a_conservative_step_never_makes_the_loss_of_its_data_worse() -> None:
 def test_what_is_refused(make: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         make()
+
+
+@pytest.mark.parametrize("estimator", [OneSided(2), OneSided(3, normalized=True), Conservative(), ForwardGradient(2)], ids=str)
+def test_values_of_both_infinities_are_skipped(estimator: Estimator) -> None:
+    model = mlp()
+    optimizer = ZOOptimizer(model, lr=LR, eps=EPS, estimator=estimator)
+    before, signs = snapshot(model), iter([math.inf, -math.inf] * 4)
+    optimizer.step(lambda: model(regression()[0]).square().mean() * next(signs))
+    assert optimizer.report is not None
+    assert optimizer.report.skipped
+    assert same(snapshot(model), before)

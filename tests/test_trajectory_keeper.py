@@ -9,7 +9,7 @@ import pytest
 import torch
 from keeper_tools import Loop, Setup, equal
 
-from zo_lightning.engine import SPSA, Momentum, RankSGD, Safeguard
+from zo_lightning.engine import SPSA, ForwardGradient, Momentum, RankSGD, Safeguard
 from zo_lightning.engine.messages import ZOWarning
 from zo_lightning.engine.trajectory import load_base, read_log, replay
 
@@ -37,6 +37,8 @@ KINDS = {
     "normalization and accumulation in place": Setup("inplace", norm=True, micro=3, partly=(2, 5), estimator=SPSA(2)),
     "line search": Setup(estimator=RankSGD(3, search=2), micro=2, infinite=(4,), options={"lr": 5e-4}),
     "line search in place": Setup("inplace", estimator=RankSGD(3, search=2), micro=2, norm=True, idle=(3,), options={"lr": 5e-4}),
+    "derivatives": Setup(estimator=ForwardGradient(2), micro=2, norm=True, infinite=(4,)),
+    "derivatives in place": Setup("inplace", estimator=ForwardGradient(2), idle=(3,)),
     "momentum": Setup(micro=2, infinite=(4,), options={"update": Momentum(0.8, window=3)}),
     "momentum in place": Setup("inplace", idle=(2,), options={"update": Momentum(0.8, window=3)}),
     "sign": Setup(groups=True, schedule=True, options={"update": "sign", "lr": 1e-3}),

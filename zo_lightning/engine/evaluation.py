@@ -17,6 +17,7 @@ from zo_lightning.engine.messages import say_once
 from zo_lightning.engine.randomness import HostState, host_state
 from zo_lightning.engine.residency import Offloaded, Residency
 from zo_lightning.engine.signals import held, interruptible
+from zo_lightning.engine.tangents import showing, slope_of
 
 Closure = Callable[[], Any]
 Muted = Callable[[], AbstractContextManager[Any]]
@@ -36,8 +37,15 @@ class Task(NamedTuple):
     """Called with what the closure returned, at the point where it ran; its results are the samples of an objective."""
     remember: Remember | None = None
     """Tells what Python state the closure may change and `muted` puts back; None: it is not put back."""
+    tangents: bool = False
+    """Whether points are directions along which the loss is differentiated; the loss itself is the value of ()."""
     noticed: bool = True
     """Whether the first evaluation is outside of `muted` and leaves the buffers as it made them."""
+
+    @property
+    def evaluations(self) -> int:
+        """How many the points take."""
+        return sum(map(bool, self.points)) or 1 if self.tangents else len(self.points)
 
     def around(self, index: int) -> AbstractContextManager[Any]:
         """What the evaluation of a point runs in."""
@@ -50,6 +58,8 @@ class Evaluated(NamedTuple):
     output: Any
     losses: list[Tensor]
     samples: list[Any]
+    here: Tensor | None = None
+    """The loss at the weights, where other values are derivatives."""
 
 
 class Evaluator:
@@ -63,6 +73,8 @@ class Evaluator:
         self.lockstep = False
         """Whether the last evaluations took turns."""
         self._lockstep = Lockstep(module)
+        self._watched = False
+        """Whether a differentiated evaluation was seen to read all weights from their modules."""
 
     def evaluate(self, task: Task) -> Evaluated:
         """Evaluate at every point; no losses where the closure gives none.
@@ -75,6 +87,8 @@ class Evaluator:
         with held(), torch.inference_mode(False), torch.no_grad(), host_state(devices) as host, self._dropout():
             self.buffers.begin()
             try:
+                if task.tangents:
+                    return self._derivatives(task, host)
                 if task.residency.needs_probe():
                     self._probe(task, host)
                 streamed = self._lockstep.chosen(task.residency, len(task.points))
@@ -143,6 +157,37 @@ class Evaluator:
                     self.buffers.rewind()
         return Evaluated(first, losses, samples)
 
+    def _derivatives(self, task: Task, host: HostState) -> Evaluated:
+        """The loss comes with its first derivative, and is evaluated by itself only where there is none."""
+        first: Any = None
+        here: Tensor | None = None
+        losses: list[Tensor | None] = []
+        for index, point in enumerate(task.points):
+            if not point and here is not None:
+                losses.append(here)
+                continue
+            tangents = task.residency.tangents(point, task.eps) if point else {}
+            watching = bool(point) and not self._watched
+            shown = showing(self.module, task.residency.trained, tangents, watching) if point else nullcontext()
+            with task.around(index), shown:
+                output, _ = self._one(task, host)
+                loss = task.loss_of(output)
+                if loss is not None:
+                    loss, slope = slope_of(loss) if point else (loss, None)
+                    here = as_scalar(loss) if here is None else here
+                    losses.append(here if slope is None else as_scalar(slope))
+            self._watched = self._watched or watching
+            self.count += 1
+            if index == 0:
+                first = output
+                if task.noticed:
+                    self.buffers.first_done()
+            if loss is None:
+                return Evaluated(None, [], [])
+            if index + 1 < len(task.points):
+                self.buffers.rewind()
+        return Evaluated(first, [loss for loss in losses if loss is not None], [], here)
+
     def _one(self, task: Task, host: HostState) -> tuple[Any, Any]:
         """(what the closure returned, its sample)."""
         host.seed(task.seed)
@@ -198,6 +243,12 @@ _NOT_REACHED = (
     "The perturbation did not reach the model: no module with trained weights ran in the closure. Evaluate the module that was given to "
     'the optimizer (not a copy, and not through a compiled or exported version of it), or use weights="inplace".'
 )
+
+
+def a_loss(output: Any) -> Any:
+    """What a closure returned that has to be the loss itself, as it is. TypeError or ValueError where it is not."""
+    as_scalar(output)
+    return output
 
 
 def as_scalar(loss: Any) -> Tensor:

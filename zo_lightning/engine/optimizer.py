@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from zo_lightning.engine import recall, state
 from zo_lightning.engine.advice import NO_DIFFERENCE, NO_LOSS, NOT_TO_EVALUATE_AGAIN, NOTHING_TO_TRAIN, ZERO_STEPS
 from zo_lightning.engine.estimators import Estimator, Term
-from zo_lightning.engine.evaluation import Closure, Evaluated, Evaluator, Muted, Task, as_scalar
+from zo_lightning.engine.evaluation import Closure, Evaluated, Evaluator, Muted, Task, a_loss
 from zo_lightning.engine.journal import Journal, StepRecord, Unrecorded
 from zo_lightning.engine.kinds import WEIGHTS, by_factor, check_kinds, kind_of, usual_lr
 from zo_lightning.engine.line_search import as_now, at_best, candidates, not_tried, tried
@@ -25,7 +25,16 @@ from zo_lightning.engine.masks.rules import Chosen
 from zo_lightning.engine.messages import say_once, tell_once
 from zo_lightning.engine.noise import Noise
 from zo_lightning.engine.objectives import Objective, measured
-from zo_lightning.engine.options import EngineOptions, as_estimator, as_noise, as_rule, as_safeguard, check_group, check_rule
+from zo_lightning.engine.options import (
+    EngineOptions,
+    as_estimator,
+    as_noise,
+    as_rule,
+    as_safeguard,
+    check_estimator,
+    check_group,
+    check_rule,
+)
 from zo_lightning.engine.parallel import Exchange
 from zo_lightning.engine.parallel.alike import check_mesh, described, digest, sum_of
 from zo_lightning.engine.parameters import Trained, collect, names_of, signature, split_input
@@ -208,6 +217,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         self._residency = None
         found = build_residency(self.weights, self.module, trained, self.noise, before)
         check_rule(self.rule, found)
+        check_estimator(self.estimator, found)
         self._residency = found
         self._residency.masters, self._residency.masks = self.masters, self.masks
         self._signature = self._signature_for(self._residency)
@@ -287,11 +297,11 @@ class ZOOptimizer(torch.optim.Optimizer):
                 with surroundings():
                     return objective.observe(output, self.module, batch)
 
-        task = Task(closure, window.own, residency, [], seed, muted, loss_of, observe, remember)
+        task = Task(closure, window.own, residency, [], seed, muted, loss_of, observe, remember, self.estimator.tangents)
         if plan is not None:
-            return recall.estimate(plan, self._evaluator, task, window, weight)
+            return recall.estimate(plan, self.estimator, self._evaluator, task, window, weight)
         task = task._replace(eps=self._eps_of(window))
-        output, losses, samples = self._evaluated(task, window)
+        output, losses, samples, here = self._evaluated(task, window)
         window.micro_batches += 1
         window.moved = window.moved or self._evaluator.buffers.moved
         if self.exchange.mesh.perturbation > 1:
@@ -302,7 +312,9 @@ class ZOOptimizer(torch.optim.Optimizer):
             if self.estimator.along:
                 window.again.append((task._replace(closure=as_now(closure)), weight))
         window.seconds += time.perf_counter() - began
-        return Estimate(output, torch.stack(losses).mean() * weight) if losses else Estimate(None, None)
+        if not losses:
+            return Estimate(None, None)
+        return Estimate(output, (torch.stack(losses).mean() if here is None else here) * weight)
 
     def _evaluated(self, task: Task, window: Window) -> Evaluated:
         self.journal.look(self, window.micro_batches, updating=False)
@@ -375,7 +387,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         residency = self.residency
         # a handler that saves a checkpoint finds the weights before the step or after it
         with self.exchange.together(), held(), residency.fused():
-            loss = self._estimate(residency, closure, 1.0, nullcontext, as_scalar, None, batch).loss
+            loss = self._estimate(residency, closure, 1.0, nullcontext, a_loss, None, batch).loss
             self.apply()
         return loss
 

@@ -17,6 +17,7 @@ from zo_lightning.engine.objectives import Objective
 from zo_lightning.engine.parallel import Mesh, mesh_of
 from zo_lightning.engine.residency import WEIGHTS, Offload, Residency
 from zo_lightning.engine.safeguard import Safeguard
+from zo_lightning.engine.tangents import places_of
 from zo_lightning.engine.updates import RULES, SGD, TorchOptimizer, UpdateRule
 
 if TYPE_CHECKING:
@@ -73,6 +74,16 @@ class EngineOptions:
             mesh_of(self.parallel)
         as_noise(self.noise)
         estimator = as_estimator(self.estimator)
+        if estimator.tangents and self.objective is not None:
+            raise ValueError(
+                f"Invalid estimator: {estimator!r} with objective={self.objective!r}: it differentiates the loss, and others have no "
+                "derivative. Use SPSA(), which needs none."
+            )
+        if estimator.tangents and isinstance(self.weights, Offload):
+            raise ValueError(
+                f"Invalid estimator: {estimator!r} with weights=Offload(...): tangents of all trained weights are in memory at "
+                "once. Use SPSA()."
+            )
         rule = as_rule(self.update, self.clip)
         if estimator.along and not isinstance(rule, SGD):
             raise ValueError(
@@ -165,6 +176,14 @@ def check_rule(rule: UpdateRule, residency: Residency) -> None:
         raise ValueError(
             f'Invalid update: {rule!r} with sharded weights, for which its state is not kept. Use update="sgd", "sign" or "momentum".'
         )
+
+
+def check_estimator(estimator: Estimator, residency: Residency) -> None:
+    """ValueError where an estimator can't be used with these weights."""
+    if estimator.tangents:
+        if any(p.region is not None for p in residency.trained):
+            raise ValueError(f"Invalid estimator: {estimator!r} with sharded weights, which have no tangents here. Use SPSA().")
+        places_of(residency.module, residency.trained)
 
 
 def as_safeguard(safeguard: str | Safeguard | None) -> Safeguard | None:

@@ -19,13 +19,14 @@ from zo_lightning.engine.updates import GroupSettings, UpdateRule
 from zo_lightning.engine.window import Window
 
 
-def estimate(record: StepRecord, evaluator: Evaluator, task: Task, window: Window, weight: float) -> Estimate:
+def estimate(record: StepRecord, estimator: Estimator, evaluator: Evaluator, task: Task, window: Window, weight: float) -> Estimate:
     """What `ZOOptimizer.estimate` returns for a micro-batch of a recorded step: its share of the recorded loss.
 
     Where the evaluations of that step left traces (buffers, logged values), the first one is made again, for its traces.
     """
     before = evaluator.count
-    loss = torch.tensor(math.fsum(record.values) / len(record.values) / record.micro_batches, dtype=torch.float64)
+    measured = estimator.loss(record.values[: len(record.values) - len(estimator.along)])
+    loss = torch.tensor(measured / record.micro_batches, dtype=torch.float64)
     output = (loss / weight).float() if weight else loss.float()
     window.micro_batches += 1
     residency = task.residency
@@ -39,7 +40,7 @@ def estimate(record: StepRecord, evaluator: Evaluator, task: Task, window: Windo
         if not evaluated.losses:
             return Estimate(None, None)
         output = evaluated.output
-    evaluator.count = before + len(task.points)
+    evaluator.count = before + task.evaluations
     return Estimate(output, loss)
 
 

@@ -74,7 +74,7 @@ def make_report(
     return StepReport(
         step=optimizer.steps,
         values=tuple(values),
-        loss=math.fsum(values) / len(values) if terms else math.nan,
+        loss=optimizer.estimator.loss(values) if terms else math.nan,
         loss_plus=plus,
         loss_minus=minus,
         projected_grad=math.fsum(optimizer.rule.projected(terms, window.eps[0])) if terms else math.nan,

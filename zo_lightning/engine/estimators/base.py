@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+T = TypeVar("T")
 ADDED = "added"
 """In the metadata of an option's field: it came later, and step logs that were written before do not have it."""
 Displacement = tuple[tuple[int, float], ...]
@@ -28,6 +30,8 @@ class Estimator(ABC):
     name: str
     clips = True
     """Whether a bound on the projected gradient of each term is of use."""
+    tangents = False
+    """Whether points are directions: the value of one is the derivative of the loss along it, in units of eps; that of () is the loss."""
     along: Sequence[float] = ()
     """Lengths of the step that a line search tries, in units of the whole one; their values come behind those of the points."""
 
@@ -43,6 +47,10 @@ class Estimator(ABC):
     def sides(self, values: Sequence[float]) -> tuple[float, float]:
         """(mean of the values at +, mean of the values at -), for monitoring."""
 
+    def loss(self, values: Sequence[float]) -> float:
+        """The objective at the weights, as far as the values tell."""
+        return math.fsum(values) / len(values)
+
     def difference(self, values: Sequence[float]) -> float:
         """The largest difference that the estimate is made of, in the unit of the values, for monitoring."""
         return max(values) - min(values)
@@ -56,6 +64,11 @@ class Estimator(ABC):
             f"{self} compares all points of a step with each other, and processes with seeds and data of their own have different losses "
             'at the same point. Use parallel="data=..." or "perturbation=...", or the estimator SPSA().'
         )
+
+
+def split(each: Sequence[T], width: int) -> list[Sequence[T]]:
+    """In parts of a width: what belongs to each process."""
+    return [each[at : at + width] for at in range(0, len(each), width)]
 
 
 def lengths(search: int, shrink: float) -> tuple[float, ...]:

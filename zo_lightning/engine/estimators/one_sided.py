@@ -5,12 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
 
-from zo_lightning.engine.estimators.base import Displacement, Estimator, Term
+from zo_lightning.engine.estimators.base import Displacement, Estimator, T, Term, split
 from zo_lightning.engine.messages import check_count, check_flag
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,8 @@ class OneSided(Estimator):
     def sides(self, values: Sequence[float]) -> tuple[float, float]:
         """(mean over the points, mean of the values where the weights are)."""
         blocks = self._split(values)
-        return statistics.fmean(v for own in blocks for v in own[1:]), statistics.fmean(own[0] for own in blocks)
+        there = sum(v for own in blocks for v in own[1:]) / (self.queries * self.processes)
+        return there, sum(own[0] for own in blocks) / self.processes
 
     def difference(self, values: Sequence[float]) -> float:
         return max(abs(value - own[0]) for own in self._split(values) for value in own[1:])
@@ -84,5 +82,4 @@ class OneSided(Estimator):
 
     def _split(self, each: Sequence[T]) -> list[Sequence[T]]:
         """By process."""
-        width = self.queries + 1
-        return [each[at : at + width] for at in range(0, len(each), width)]
+        return split(each, self.queries + 1)

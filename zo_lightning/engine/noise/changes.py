@@ -109,11 +109,7 @@ def apply_through(weights: Sequence[Weights], change: Change, noise: Noise, mask
         raise TypeError("The change goes through nothing.")
     for w in weights:
         theta, (decay, coefficients) = w.tensor.detach(), change.steps[w.group]
-        estimate = torch.zeros(theta.shape, dtype=compute_dtype(theta.dtype), device=theta.device)
-        sweep([Item(estimate, estimate, w.key, 1.0, coefficients, region=w.region)], change.seeds, noise)
-        keep = _kept(w, theta, masks.get(w.key))
-        if keep is not None:
-            estimate.masked_fill_(~keep, 0.0)
+        estimate, keep = materialized(w, change.seeds, coefficients, noise, masks.get(w.key))
         moved = theta if keep is None and w.unit == 1.0 else theta / w.unit
         if decay != 1.0:
             moved.mul_(decay)
@@ -121,6 +117,19 @@ def apply_through(weights: Sequence[Weights], change: Change, noise: Noise, mask
         if moved is not theta:
             theta.copy_(moved * w.unit if keep is None else torch.where(keep, moved * w.unit, theta))
     hold(weights)
+
+
+def materialized(
+    w: Weights, seeds: Sequence[int], coefficients: Sequence[float], noise: Noise, mask: Members | None
+) -> tuple[Tensor, Tensor | None]:
+    """(sum_j c_j m z(s_j) of a tensor in float32, or float64 for such weights; the mask m as a bool tensor, None where all is trained)."""
+    theta = w.tensor.detach()
+    found = torch.zeros(theta.shape, dtype=compute_dtype(theta.dtype), device=theta.device)
+    sweep([Item(found, found, w.key, 1.0, tuple(coefficients), region=w.region)], seeds, noise)
+    keep = _kept(w, theta, mask)
+    if keep is not None:
+        found.masked_fill_(~keep, 0.0)
+    return found, keep
 
 
 def _kept(w: Weights, theta: Tensor, mask: Members | None) -> Tensor | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zo_lightning.engine.estimators import Displacement
 from zo_lightning.engine.masks.state import Masks
 from zo_lightning.engine.noise import Change, Item, Noise, sweep
-from zo_lightning.engine.noise.changes import apply_through, hold, moves, step_of
+from zo_lightning.engine.noise.changes import apply_through, hold, materialized, moves, step_of
 from zo_lightning.engine.noise.members import Members
 from zo_lightning.engine.parameters import Trained
 from zo_lightning.engine.residency.masters import Masters
@@ -83,6 +83,15 @@ class Residency(ABC):
             items.append(Item(weights, weights, p.key, *step_of(change, p), mask=self.mask_of(p), region=p.region))
         sweep(items, change.seeds, self.noise, rounding=change.rounding)
         hold(moved)
+
+    def tangents(self, point: Displacement, eps: Sequence[float]) -> dict[int, Tensor]:
+        """sum_j m_j eps z(s_j) of what the mask trains, in the dtype of the weights, by id of the Trained."""
+        seeds = [seed for seed, _ in point]
+        found = {}
+        for p in self.moving(self.trained):
+            multiples = [multiple * eps_of(p, eps) for _, multiple in point]
+            found[id(p)] = materialized(p, seeds, multiples, self.noise, self.mask_of(p))[0].to(p.tensor.dtype)
+        return found
 
     def moving(self, parameters: Sequence[Trained]) -> list[Trained]:
         """Those of which the mask trains anything."""
