@@ -236,9 +236,26 @@ class Cached(nn.Module):
         return self.second(torch.tanh(F.linear(x, self.kept[0]) + self.first.bias))
 
 
+class Doubled(torch.autograd.Function):
+    """Has a derivative backward, and none forward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return 2 * gradients[0]
+
+
 def step(model: nn.Module, loss: Any = None, **options: Any) -> None:
     x = torch.randn(8, 10, dtype=next(model.parameters()).dtype)
     ZOOptimizer(model, lr=LR, estimator=ForwardGradient(), **options).step(loss or (lambda: model(x).square().mean()))
+
+
+def doubled() -> None:
+    model = mlp()
+    step(model, lambda: Doubled.apply(model(regression()[0])).square().mean())
 
 
 @pytest.mark.parametrize(
@@ -249,6 +266,7 @@ def step(model: nn.Module, loss: Any = None, **options: Any) -> None:
         (ValueError, lambda: step(mlp(), weights=Offload()), r"tangents of all trained weights are in memory at once"),
         (ValueError, lambda: ZOOptimizer([nn.Parameter(torch.ones(3))], lr=LR, estimator=ForwardGradient()).residency, r"is in none"),
         (RuntimeError, lambda: step(Cached()), r"'first.weight' is read by another name"),
+        (RuntimeError, doubled, r"has no forward-mode derivative: You must implement the jvp function.*attn_implementation"),
         (RuntimeError, lambda: step(mlp(), lambda: 1.0), r"returned float, which has no derivative"),
         (RuntimeError, lambda: step(mlp(), lambda: torch.ones(())), r"The loss has no derivative with respect to the trained weights"),
     ],

@@ -6,6 +6,7 @@ memory is that of the tangents: those of the trained weights, and one beside eac
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -81,7 +82,7 @@ def showing(module: nn.Module | None, trained: Sequence[Trained], tangents: Mapp
             else:
                 yield
         except NotImplementedError as error:
-            if "forward AD" not in str(error):
+            if not re.search("forward (mode )?AD", str(error)):
                 raise
             raise RuntimeError(_NO_DERIVATIVE.format(error=str(error).split(chr(10))[0])) from error
         finally:
