@@ -23,6 +23,7 @@ from zo_lightning.engine import messages
 
 
 @pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in a hook of its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that share what other processes wrote for their module run in one process of pytest-xdist, or each would start its own."""
     for item in items:

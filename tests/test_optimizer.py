@@ -247,7 +247,7 @@ def test_the_state_is_plain_and_small() -> None:
     assert state["state"] == {}
     assert json.loads(json.dumps(state["zo"])) == state["zo"]
     window = {"points": 4, "eps": [1e-3], "micro_batches": 1, "totals": [float(x) for x in state["zo"]["window"]["totals"]]}
-    assert state["zo"]["window"] == window
+    assert state["zo"]["window"] == {**window, "of": [0, "data=1"]}
     assert len(state["zo"]["window"]["totals"]) == 4
     assert {name: state["zo"][name] for name in ("seed", "steps", "forward_passes")} == {"seed": 3, "steps": 3, "forward_passes": 28}
 
