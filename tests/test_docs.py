@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from ranks import free_port
 from torch import nn
 
 from zo_lightning.callbacks import ZOMonitor
+from zo_lightning.engine.estimators import ESTIMATORS
 from zo_lightning.engine.options import EngineOptions
+from zo_lightning.engine.updates import RULES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -61,7 +64,18 @@ def readers_project() -> dict[str, Any]:
     }
 
 
+@pytest.fixture
+def tables() -> Iterator[None]:
+    """A snippet may add a row to a table of methods, which is gone behind the test."""
+    before = [(table, dict(table)) for table in (ESTIMATORS, RULES)]
+    yield
+    for table, rows in before:
+        table.clear()
+        table.update(rows)  # type: ignore[arg-type]
+
+
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("tables")
 @pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)], ids=lambda page: page.name)
 def test_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
