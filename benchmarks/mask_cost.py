@@ -21,7 +21,7 @@ from zo_lightning.engine import ZOOptimizer
 from zo_lightning.engine.masks import Mask, NofM, Random, SmallWeights
 from zo_lightning.engine.masks.rules import Draw, Layer
 from zo_lightning.engine.noise.members import Listed
-from zo_lightning.engine.noise.sweep import put, take
+from zo_lightning.engine.noise.places import put, take
 
 _TOUCHES = 5
 _TURN = 4

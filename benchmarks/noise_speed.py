@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from measure import environment, interleaved, stamps, summary, write
 
-from zo_lightning.engine.noise import Noise, sweep
+from zo_lightning.engine.noise import Noise, as_noise, sweep
 from zo_lightning.engine.noise.compiling import available
 from zo_lightning.engine.noise.sweep import Item
-from zo_lightning.engine.options import as_noise
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

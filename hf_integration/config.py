@@ -31,7 +31,10 @@ class ZOArguments:
         default=None, metadata={"help": "How far the weights are moved to both sides; None is what suits what is trained (LoRA, a prefix)."}
     )
     zo_seed: int = field(default=0, metadata={"help": "Seed of the directions; independent of seed and data_seed."})
-    zo_noise: str = field(default="rademacher", metadata={"help": "Distribution of the directions: rademacher, gaussian."})
+    zo_noise: str = field(
+        default="rademacher",
+        metadata={"help": "Distribution of the directions: rademacher, gaussian, sphere, low_rank(rank=2, refresh=50)."},
+    )
     zo_estimator: str = field(
         default="spsa",
         metadata={"help": "How the gradient is estimated: spsa, one_sided, forward_gradient, conservative, rank_sgd."},

@@ -12,7 +12,7 @@ from covering import all_pairs, pairs_of, rows
 from engine_models import mlp, regression, same, snapshot
 from torch import nn
 
-from zo_lightning.engine import SPSA, Conservative, ForwardGradient, Momentum, OneSided, RankSGD, TorchOptimizer, ZOOptimizer
+from zo_lightning.engine import SPSA, Conservative, ForwardGradient, LowRank, Momentum, OneSided, RankSGD, TorchOptimizer, ZOOptimizer
 from zo_lightning.engine.estimators import ESTIMATORS
 from zo_lightning.engine.masks import Mask
 from zo_lightning.engine.noise import NOISES
@@ -33,7 +33,14 @@ CHOICES: dict[str, dict[str, Any]] = {
         "rank-sgd": RankSGD(4),
         "rank-sgd, search": RankSGD(4, search=2),
     },
-    "noise": {"rademacher": "rademacher", "gaussian": "gaussian"},
+    "noise": {
+        "rademacher": "rademacher",
+        "gaussian": "gaussian",
+        "sphere": "sphere",
+        "low-rank": LowRank(2, refresh=3),
+        "fresh": LowRank(1, refresh=1),
+        "orthogonal": LowRank(2, refresh=3, orthogonal=True),
+    },
     "update": {
         "sgd": "sgd",
         "sign": "sign",
@@ -101,7 +108,7 @@ def test_all_that_the_tables_have_is_there() -> None:
 def test_every_pair_is_in_a_row_or_is_refused() -> None:
     covered = set().union(*map(pairs_of, ROWS)) | {pair for row in REFUSED for pair in pairs_of(row)}
     assert covered == set(all_pairs(FACTORS))
-    assert len(ROWS) < 60
+    assert len(ROWS) < 80
 
 
 @pytest.mark.filterwarnings("ignore:The loss differences:zo_lightning.engine.messages.ZOWarning")

@@ -3,7 +3,7 @@
 from zo_lightning.engine import first_calls
 from zo_lightning.engine.estimators import SPSA, Conservative, Estimator, ForwardGradient, OneSided, RankSGD, Term
 from zo_lightning.engine.messages import ZOWarning
-from zo_lightning.engine.noise import Gaussian, Noise, Rademacher
+from zo_lightning.engine.noise import Gaussian, LowRank, Noise, Rademacher, Sphere
 from zo_lightning.engine.optimizer import ZOOptimizer
 from zo_lightning.engine.options import EngineOptions
 from zo_lightning.engine.parallel import DataParallel, Exchange, Mesh, PeerError, Processes
@@ -26,6 +26,7 @@ __all__ = [
     "Exchange",
     "ForwardGradient",
     "Gaussian",
+    "LowRank",
     "Mesh",
     "Momentum",
     "Noise",
@@ -36,6 +37,7 @@ __all__ = [
     "RankSGD",
     "Safeguard",
     "Sign",
+    "Sphere",
     "StepReport",
     "Term",
     "TorchOptimizer",

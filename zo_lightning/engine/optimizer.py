@@ -23,12 +23,11 @@ from zo_lightning.engine.lockstep import Remember
 from zo_lightning.engine.masks import Mask, Masks
 from zo_lightning.engine.masks.rules import Chosen
 from zo_lightning.engine.messages import say_once, tell_once
-from zo_lightning.engine.noise import Noise
+from zo_lightning.engine.noise import Noise, as_noise
 from zo_lightning.engine.objectives import Objective, measured
 from zo_lightning.engine.options import (
     EngineOptions,
     as_estimator,
-    as_noise,
     as_rule,
     as_safeguard,
     check_estimator,
@@ -41,7 +40,7 @@ from zo_lightning.engine.parameters import Trained, collect, names_of, signature
 from zo_lightning.engine.report import Estimate, StepReport, make_report
 from zo_lightning.engine.residency import Masters, Offload, Residency, build_residency
 from zo_lightning.engine.safeguard import Safeguard
-from zo_lightning.engine.seeds import evaluation_seed, query_seed, rounding_seed
+from zo_lightning.engine.seeds import evaluation_seed, rounding_seed
 from zo_lightning.engine.shards import any_sharded
 from zo_lightning.engine.signals import held
 from zo_lightning.engine.updates import GroupSettings, UpdateRule
@@ -60,7 +59,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             left alone. Names decide the noise: a module or names make it independent of the order of parameters.
         lr: learning rate. eps: perturbation scale, in the unit of the weights. weight_decay: decoupled. None is what suits most of what is
             trained (kinds.py): lr 1e-6 and eps 1e-3 for weights, 5e-5 and 1e-2 for LoRA, 1e-3 and 1e-1 for prefixes and prompts.
-        noise: "rademacher" or "gaussian", or a `Noise`.
+        noise: "rademacher", "gaussian", "sphere", "low_rank", or a `Noise`.
         estimator: an `Estimator`; None is `SPSA(queries=1)`.
         update: "sgd", "sign", "momentum", "adam", or an `UpdateRule`. lr must be given with those that are not SGD or momentum.
         weights: "exact", "copy", "inplace" or "auto": how perturbed weights come to exist (docs/architecture.md).
@@ -418,7 +417,7 @@ class ZOOptimizer(torch.optim.Optimizer):
                 self.masks.made(self.residency.trained)
 
     def _new_window(self) -> Window:
-        points = self.estimator.points(lambda query: query_seed(self.seed, self.steps, query))
+        points = self.estimator.points(lambda query: self.noise.seed(self.seed, self.steps, query))
         return Window(points, [], self.exchange.mine(len(points)))
 
     def _eps_of(self, window: Window) -> list[float]:

@@ -11,7 +11,7 @@ from torch import nn
 from zo_lightning.engine.estimators import ESTIMATORS, SPSA, Estimator
 from zo_lightning.engine.masks import Mask
 from zo_lightning.engine.messages import check_number, choose
-from zo_lightning.engine.noise import NOISES, Noise
+from zo_lightning.engine.noise import Noise, as_noise
 from zo_lightning.engine.noise.rounding import rounds
 from zo_lightning.engine.objectives import Objective
 from zo_lightning.engine.parallel import Mesh, mesh_of
@@ -137,11 +137,6 @@ def check_group(group: Mapping[str, Any]) -> None:
     lr, decay = float(group["lr"]), float(group["weight_decay"])
     if lr * decay > 1:
         raise ValueError(f"Invalid weight_decay: {decay!r} with lr={lr!r}. Weights shrink by lr * weight_decay, which must be <= 1.")
-
-
-def as_noise(noise: str | Noise) -> Noise:
-    """The noise object for a name or an object."""
-    return noise if isinstance(noise, Noise) else choose("noise", noise, NOISES, "a Noise")()  # type: ignore[operator]
 
 
 def as_estimator(estimator: str | Estimator | None) -> Estimator:

@@ -19,6 +19,11 @@ def query_seed(run_seed: int, step: int, query: int) -> int:
     return int.from_bytes(_digest(b"zo.query", run_seed, step, query)[:8], "little") >> 1
 
 
+def basis_seed(run_seed: int, number: int) -> int:
+    """The 63-bit seed of what the noise of some steps has in common (noise/low_rank.py)."""
+    return int.from_bytes(_digest(b"zo.basis", run_seed, number)[:8], "little") >> 1
+
+
 def evaluation_seed(run_seed: int, step: int, micro_batch: int, rank: int) -> int:
     """The 63-bit seed of the host's generators (dropout and the like) while one micro-batch is evaluated."""
     return int.from_bytes(_digest(b"zo.eval", run_seed, step, micro_batch, rank)[:8], "little") >> 1

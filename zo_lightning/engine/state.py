@@ -35,7 +35,7 @@ def saved(optimizer: ZOOptimizer) -> dict[str, Any]:
         "nonfinite_run": optimizer._nonfinite_run,
         "zero_run": optimizer._zero_run,
         "safeguard": None if safeguard is None else safeguard.state_dict(),
-        "noise": optimizer.noise.name,
+        "noise": optimizer.noise.text,
         "idle": optimizer._idle,
         "masters": _whole_masters(optimizer),
         "masks": optimizer.masks.state_dict(),
@@ -101,8 +101,8 @@ def check(optimizer: ZOOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(NOT_SAVED_HERE)
     if zo.get("version") != VERSION or zo.keys() != saved(optimizer).keys():
         raise ValueError(f"The state has version {zo.get('version')} or is incomplete; this release reads version {VERSION}.")
-    if zo["noise"] != optimizer.noise.name:
-        raise ValueError(f"noise={optimizer.noise.name!r}, but the state was saved with noise={zo['noise']!r}. Resume with the same noise.")
+    if zo["noise"] != optimizer.noise.text:
+        raise ValueError(f"noise={optimizer.noise.text!r}, but the state was saved with noise={zo['noise']!r}. Resume with the same noise.")
     if zo["update"]["name"] != optimizer.rule.name:
         raise ValueError(
             f"update={optimizer.rule.name!r}, but the state was saved with update={zo['update']['name']!r}. Resume with the same rule."

@@ -32,7 +32,7 @@ class ZOStrategy(ForwardOnly, SingleDeviceStrategy):
             LR scheduler goes on scaling it from its own start (OneCycleLR begins at a 25th of its peak).
         weight_decay: decoupled; None takes the optimizer's.
         eps: perturbation scale; None is what suits what is trained (`ZOOptimizer`). seed: of the run.
-        noise: "rademacher" or "gaussian". estimator: an `Estimator`; None is SPSA(queries=1).
+        noise: "rademacher", "gaussian", "sphere", "low_rank", or a `Noise`. estimator: an `Estimator`; None is SPSA(queries=1).
         update: "sgd", "sign", "momentum", "adam", or an `UpdateRule`: what the estimate does to the weights.
         weights: "exact", "copy", "inplace" or "auto". dropout: False switches Dropout modules off while training.
         clip: bound on the absolute projected gradient. safeguard: "stop", "halve", "warn", None or a `Safeguard`.

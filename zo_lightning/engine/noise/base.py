@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from zo_lightning.engine.noise.region import Region
+from zo_lightning.engine.seeds import query_seed
 
 if TYPE_CHECKING:
     from zo_lightning.engine.noise.members import Members
@@ -66,13 +68,28 @@ class Drawn(NamedTuple):
 
 
 class Noise(ABC):
-    """z[i] = noise(seed, parameter key, i), with E z = 0 and E z^2 = 1.
+    """z[i] = noise(seed, parameter key, shape of the parameter, i), with E z = 0 and E z^2 = 1: `Elementwise` or `Shaped`."""
+
+    name: str
+
+    @property
+    def text(self) -> str:
+        """The name, with the options where there are any: what checkpoints and step logs keep, and `as_noise` reads."""
+        options: list[str] = [f"{field.name}={getattr(self, field.name)!r}" for field in fields(self)] if is_dataclass(self) else []
+        return f"{self.name}({', '.join(options)})" if options else self.name
+
+    def seed(self, run_seed: int, step: int, query: int) -> int:
+        """The seed of a query of a step, below 2**63; all that the noise knows of them."""
+        return query_seed(run_seed, step, query)
+
+
+class Elementwise(Noise):
+    """Noise whose values know nothing of each other, nor of the shape of the parameter; it has kernels.
 
     `keys` is an int32 tensor of shape (streams, 3), one `seeds.stream` a row, on the device of the weights. Values are computed in
     float32; they are cast last, to the dtype that is asked for.
     """
 
-    name: str
     fuses = 1
     """Terms that a compiled pass over weights in place takes at once."""
     grain = 1 << 19

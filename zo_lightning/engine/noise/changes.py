@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from zo_lightning.engine.noise.base import Drawn, Noise, compute_dtype
+from zo_lightning.engine.noise.base import Drawn, Elementwise, Noise, compute_dtype
 from zo_lightning.engine.noise.compiling import available
 from zo_lightning.engine.noise.flat import Small, step_flat
 from zo_lightning.engine.noise.large import compiled, flat, large
@@ -94,11 +94,24 @@ def apply_changes(
     weights: Sequence[Weights], changes: Sequence[Change], noise: Noise, masks: Mapping[int, Members] = MappingProxyType({})
 ) -> None:
     """Apply the changes in their order; bit for bit what a `sweep` for each of them does. `masks` are by the key of the parameter."""
+    if not isinstance(noise, Elementwise):
+        for change in changes:
+            _sweep(weights, change, noise, masks)
+            hold(weights)
+        return
     bounded = [w for w in weights if w.least is not None]
     _apply([w for w in weights if w.least is None], changes, noise, masks)
     for change in changes if bounded else ():
         _apply(bounded, [change], noise, masks)
         hold(bounded)
+
+
+def _sweep(weights: Sequence[Weights], change: Change, noise: Noise, masks: Mapping[int, Members]) -> None:
+    items = [
+        Item(theta, theta, w.key, *step_of(change, w), mask=masks.get(w.key), region=w.region)
+        for w, theta in ((w, w.tensor.detach()) for w in weights)
+    ]
+    sweep([item for item in items if not _nothing(item)], change.seeds, noise, rounding=change.rounding)
 
 
 @torch.no_grad()
@@ -140,7 +153,7 @@ def _kept(w: Weights, theta: Tensor, mask: Members | None) -> Tensor | None:
     return mask.at(index, theta.reshape(-1)).view(theta.shape)
 
 
-def _apply(weights: Sequence[Weights], changes: Sequence[Change], noise: Noise, masks: Mapping[int, Members]) -> None:
+def _apply(weights: Sequence[Weights], changes: Sequence[Change], noise: Elementwise, masks: Mapping[int, Members]) -> None:
     for device in {w.tensor.device for w in weights} if changes else ():
         here = [w for w in weights if w.tensor.device == device and w.tensor.numel()]
         tensors = [w.tensor.detach() for w in here]
@@ -178,7 +191,7 @@ def _nothing(item: Item) -> bool:
     return item.decay == 1.0 and not any(item.coefficients)
 
 
-def _large(steps: Sequence[tuple[Item, Drawn]], noise: Noise) -> None:
+def _large(steps: Sequence[tuple[Item, Drawn]], noise: Elementwise) -> None:
     first = steps[0][0]
     if first.region is not None or not (flat(first) and available(first.base.device.type)):
         for item, drawn in steps:
@@ -193,7 +206,7 @@ def _large(steps: Sequence[tuple[Item, Drawn]], noise: Noise) -> None:
                 compiled(item, piece, piece, at, drawn, noise)
 
 
-def _small(tensors: Sequence[Sequence[tuple[Item, Drawn]]], noise: Noise, fused: bool) -> None:
+def _small(tensors: Sequence[Sequence[tuple[Item, Drawn]]], noise: Elementwise, fused: bool) -> None:
     """Several small tensors, each with all its steps."""
     outs = [steps[0][0].base for steps in tensors]
     small = Small(outs)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from zo_lightning.engine.noise.base import Drawn, Noise, Stretch, compute_dtype
+from zo_lightning.engine.noise.base import Drawn, Elementwise, Stretch, compute_dtype
 from zo_lightning.engine.noise.dither import dither
 from zo_lightning.engine.noise.rounding import fused_stochastic, stochastic
 
@@ -42,7 +42,7 @@ class Small:
         else:
             whole.copy_(values)
 
-    def both_sides(self, keys: Sequence[Drawn], coefficients: Sequence[float], noise: Noise) -> Tensor:
+    def both_sides(self, keys: Sequence[Drawn], coefficients: Sequence[float], noise: Elementwise) -> Tensor:
         """(base + c z, base - c z), of shape (2, elements), in one compiled pass; wide."""
         sides = [[(1.0, sign * c) for c in coefficients] for sign in (1.0, -1.0)]
         return noise.together(self.gather(), keys[0].table, _whole(self, keys, 0), sides)
@@ -64,7 +64,7 @@ def step_flat(
     base: Tensor,
     steps: Sequence[tuple[float, Sequence[float]]],
     keys: Sequence[Drawn],
-    noise: Noise,
+    noise: Elementwise,
     fused: bool,
     keep: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:

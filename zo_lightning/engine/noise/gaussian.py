@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from zo_lightning.engine.noise.base import Noise, Stretch, constants, counters
+from zo_lightning.engine.noise.base import Elementwise, Stretch, constants, counters
 from zo_lightning.engine.noise.compiling import dispatch, kernel
 from zo_lightning.engine.noise.inside import choose_into
 from zo_lightning.engine.noise.rounding import settle
@@ -76,7 +76,7 @@ def _alias(x: Tensor) -> Tensor:
     return torch.from_dlpack(x)
 
 
-class Gaussian(Noise):
+class Gaussian(Elementwise):
     """Independent standard normal values, as MeZO draws them (arXiv 2305.17333); |z| < 5.8 by the 24 bits of the radius.
 
     Compiled and eager kernels take logarithms, sines and cosines from different libraries. On CPU (AVX-512), over all 2**24 radii and all
@@ -112,6 +112,12 @@ class Gaussian(Noise):
 
     def at(self, index: Tensor, key: Tensor) -> Tensor:
         z: Tensor = dispatch(_normal_at, index.device)(index, key)
+        return z
+
+    @staticmethod
+    def eager(index: Tensor, key: Tensor) -> Tensor:
+        """z[index] as `at` gives it without kernels: the bits of `values`."""
+        z: Tensor = _normal_at._torchdynamo_orig_callable(index, key)  # type: ignore[attr-defined]
         return z
 
     def add(self, out: Tensor, base: Tensor, key: Tensor, start: int, scalars: Tensor, mask: Members | None = None) -> None:

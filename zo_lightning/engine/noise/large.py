@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from zo_lightning.engine.noise.base import Drawn, Noise, compute_dtype, constants
+from zo_lightning.engine.noise.base import Drawn, Elementwise, compute_dtype, constants
 from zo_lightning.engine.noise.compiling import available
 from zo_lightning.engine.noise.dither import dither
 from zo_lightning.engine.noise.flat import moved, total_of
@@ -23,16 +23,15 @@ PACK = 1 << 19
 """At most so many elements of noise exist at a time."""
 
 
-def combine(item: Item, out: Tensor, base: Tensor, drawn: Sequence[Tensor], dithered: Tensor | None, keep: Tensor | None) -> None:
-    """out <- decay * base + sum_j c_j z_j, with z_j of the shape of `base`, rounded with `dithered`; out <- base outside `keep`."""
-    total = total_of(drawn, item.coefficients, base)
+def combine(item: Item, out: Tensor, base: Tensor, total: Tensor, dithered: Tensor | None, keep: Tensor | None) -> None:
+    """out <- decay * base + total, of the shape of `base`, rounded with `dithered`; out <- base outside `keep`."""
     if dithered is None and keep is None and item.decay == 1.0 and out.shape == base.shape:
         torch.add(base, total, out=out)
     else:
         out.copy_(moved(base, item.decay, total, dithered, keep, available(base.device.type)))
 
 
-def large(item: Item, drawn: Drawn, noise: Noise) -> None:
+def large(item: Item, drawn: Drawn, noise: Elementwise) -> None:
     """A large tensor: in one compiled pass where it can be, else in chunks of bounded size."""
     if item.region is not None:
         part_of(item, item.region, drawn, noise)
@@ -42,12 +41,12 @@ def large(item: Item, drawn: Drawn, noise: Noise) -> None:
         out = base if item.out is item.base else item.out.detach().view(-1)
         compiled(item, out, base, 0, drawn, noise)
         return
-    for out, base, start in _chunks(item.out, item.base, 0):
+    for out, base, start in chunks(item.out, item.base, 0):
         where = [drawn.stretch(j, start, base.numel()) for j in range(drawn.terms + drawn.rounded)]
         values = [noise.values(drawn.table, [stretch], torch.float32).view(base.shape) for stretch in where[: drawn.terms]]
         dithered = dither(drawn.table, where[-1:]).view(base.shape) if drawn.rounded else None
         keep = None if item.mask is None else item.mask.keep(base, start)
-        combine(item, out, base, values, dithered, keep)
+        combine(item, out, base, total_of(values, item.coefficients, base), dithered, keep)
 
 
 def flat(item: Item) -> bool:
@@ -55,7 +54,7 @@ def flat(item: Item) -> bool:
     return item.base.is_contiguous() and item.out.is_contiguous()
 
 
-def _chunks(out: Tensor, base: Tensor, start: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+def chunks(out: Tensor, base: Tensor, start: int) -> Iterator[tuple[Tensor, Tensor, int]]:
     """(out, base, index of the first element) of pieces of at most PACK elements, consecutive in logical order."""
     if base.numel() <= PACK:
         yield out, base, start
@@ -70,12 +69,12 @@ def _chunks(out: Tensor, base: Tensor, start: int) -> Iterator[tuple[Tensor, Ten
     for at in range(0, base.shape[0], step):
         piece = slice(at, at + step)
         if row > PACK:
-            yield from _chunks(out[at], base[at], start + at * row)
+            yield from chunks(out[at], base[at], start + at * row)
         else:
             yield out[piece], base[piece], start + at * row
 
 
-def compiled(item: Item, out: Tensor, base: Tensor, start: int, drawn: Drawn, noise: Noise) -> None:
+def compiled(item: Item, out: Tensor, base: Tensor, start: int, drawn: Drawn, noise: Elementwise) -> None:
     """One fused pass over flat tensors for one term, and for several where the noise has one; else they are summed first, piece by piece.
 
     `out` and `base` (which may be one object) are the part of the item that begins at element `start`, a multiple of 2**19.
@@ -105,7 +104,7 @@ def compiled(item: Item, out: Tensor, base: Tensor, start: int, drawn: Drawn, no
             choose_into(target, piece, moved(piece, item.decay, total, None, None, fused=True), item.mask, start + at)
 
 
-def part_of(item: Item, region: Region, drawn: Drawn, noise: Noise) -> None:
+def part_of(item: Item, region: Region, drawn: Drawn, noise: Elementwise) -> None:
     """A part of a large tensor, with the bits that a pass over the whole of it would give."""
     base = item.base.detach().contiguous().view(-1)
     out = base if item.out is item.base else item.out.detach().contiguous().view(-1)
@@ -130,7 +129,7 @@ def _direct(region: Region, numel: int, grain: int) -> tuple[int, int]:
     return (begin, end) if begin < end else (0, 0)
 
 
-def _piece(item: Item, out: Tensor, base: Tensor, part: Part, region: Region, drawn: Drawn, noise: Noise, fused: bool) -> None:
+def _piece(item: Item, out: Tensor, base: Tensor, part: Part, region: Region, drawn: Drawn, noise: Elementwise, fused: bool) -> None:
     """Elements that lie in one stretch of PACK elements of the parameter, whose noise is made for all of them."""
     keep = None
     if item.mask is not None:
@@ -139,7 +138,7 @@ def _piece(item: Item, out: Tensor, base: Tensor, part: Part, region: Region, dr
         start, length = part.first, part.last - part.first
         dithered = part.pick(dither(drawn.table, [drawn.stretch(drawn.terms, start, length)]), start) if drawn.rounded else None
         values = [part.pick(noise.values(drawn.table, [drawn.stretch(j, start, length)], torch.float32), start) for j in range(drawn.terms)]
-        combine(item, out, base, values, dithered, keep)
+        combine(item, out, base, total_of(values, item.coefficients, base), dithered, keep)
         return
     start = part.first // PACK * PACK
     length = min(PACK, region.numel - start)

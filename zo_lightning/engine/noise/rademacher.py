@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from zo_lightning.engine.noise.base import Noise, Stretch, compute_dtype, constants, counters, layout, pieces
+from zo_lightning.engine.noise.base import Elementwise, Stretch, compute_dtype, constants, counters, layout, pieces
 from zo_lightning.engine.noise.compiling import dispatch, kernel
 from zo_lightning.engine.noise.dither import BLOCK, Dithers, dither
 from zo_lightning.engine.noise.inside import Inside, chosen
@@ -115,7 +115,7 @@ def _byte_signs(dtype: torch.dtype, device: torch.device) -> Tensor:
     return (((byte >> torch.arange(8, device=device)) & 1) * 2 - 1).to(dtype)
 
 
-class Rademacher(Noise):
+class Rademacher(Elementwise):
     """Independent signs. E z^2 = E z^4 = 1: exact in every dtype, and the least variance among SPSA's noises (Spall 1992)."""
 
     name = "rademacher"

@@ -9,14 +9,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zo_lightning.engine.noise.base import Drawn, Noise
+from zo_lightning.engine.noise.base import Drawn, Elementwise, Noise
 from zo_lightning.engine.noise.compiling import available
 from zo_lightning.engine.noise.dither import dither_at
 from zo_lightning.engine.noise.flat import Small, moved, step_flat, total_of
 from zo_lightning.engine.noise.large import PACK, combine, large
 from zo_lightning.engine.noise.members import Listed, Members
+from zo_lightning.engine.noise.places import located, put, take
 from zo_lightning.engine.noise.region import Region
 from zo_lightning.engine.noise.rounding import rounds
+from zo_lightning.engine.noise.shaped import Shaped, shaped
 from zo_lightning.engine.seeds import stream
 
 SMALL = 1 << 15
@@ -30,7 +32,7 @@ class Item(NamedTuple):
 
     With `rows` (int64, repetitions allowed), only these rows of a matrix need to be written; the others of a large one are not. With
     a `mask`, elements outside of it become `base`, undecayed. With `places` (int64), `out` and `base` hold these elements of the parameter
-    alone, one-dimensional; with a `region`, those of the region, and `mask` is that of the whole parameter.
+    alone, one-dimensional, and `whole` is its shape; with a `region`, those of the region, and `mask` is that of the whole parameter.
     """
 
     out: Tensor
@@ -42,6 +44,14 @@ class Item(NamedTuple):
     mask: Members | None = None
     places: Tensor | None = None
     region: Region | None = None
+    whole: torch.Size | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the parameter."""
+        if self.whole is not None:
+            return self.whole
+        return self.base.shape if self.region is None else torch.Size(self.region.shape)
 
     @property
     def numel(self) -> int:
@@ -60,11 +70,20 @@ def sweep(items: Sequence[Item], seeds: Sequence[int], noise: Noise, done: list[
     done = [] if done is None else done
     for device in {item.base.device for item in items}:
         here = [item for item in items if item.base.device == device and item.base.numel()]
-        _sweep_device(here, keys_of(here, [(seeds, rounding)], device), noise, device, done)
+        if isinstance(noise, Elementwise):
+            _sweep_device(here, keys_of(here, [(seeds, rounding)], device), noise, device, done)
+        elif isinstance(noise, Shaped):
+            for item, drawn in zip(here, keys_of(here, [((), rounding)], device)[0], strict=True):
+                shaped(item, seeds, drawn, noise)
+                done.append(item)
+        else:
+            raise TypeError(f"{noise!r} is neither an Elementwise noise nor a Shaped one.")
 
 
 def joins(tensors: Sequence[Tensor], noise: Noise) -> bool:
     """Whether `sweep_both` is there for these: small tensors of one kind, all at once, that are not rounded; on a device with kernels."""
+    if not isinstance(noise, Elementwise):
+        return False
     kinds = {(tensor.dtype, tensor.device) for tensor in tensors}
     small = len(kinds) == 1 and all(0 < tensor.numel() <= SMALL for tensor in tensors) and compiles(tensors)
     return small and sum(t.numel() for t in tensors) <= PACK and not rounds(tensors[0].dtype) and noise.joins([t.numel() for t in tensors])
@@ -76,6 +95,8 @@ def sweep_both(items: Sequence[Item], opposite: Sequence[Tensor], seed: int, noi
 
     For bases that it `joins`, on a device where kernels are compiled; undecayed, with one coefficient each, and no mask.
     """
+    if not isinstance(noise, Elementwise):
+        raise TypeError(f"{noise!r} has no kernels.")
     small = Small([item.base for item in items])
     keys = keys_of(items, [((seed,), None)], small.device)[0]
     sides = small.both_sides(keys, [item.coefficients[0] for item in items], noise)
@@ -115,7 +136,7 @@ def _drawn(
     return [[Drawn(table, *place) for place in own] for own in places]
 
 
-def _sweep_device(items: list[Item], keys: list[list[Drawn]], noise: Noise, device: torch.device, done: list[Item]) -> None:
+def _sweep_device(items: list[Item], keys: list[list[Drawn]], noise: Elementwise, device: torch.device, done: list[Item]) -> None:
     small: dict[torch.dtype, list[tuple[Item, Drawn]]] = {}
     listed: dict[torch.dtype, list[tuple[Item, Drawn]]] = {}
     fused = worth(item.numel for item in items) and available(device.type)
@@ -166,7 +187,7 @@ def packs(group: Sequence[tuple[Item, Drawn]]) -> Iterator[list[tuple[Item, Draw
         yield pack
 
 
-def _packed(pack: Sequence[tuple[Item, Drawn]], noise: Noise, fused: bool) -> None:
+def _packed(pack: Sequence[tuple[Item, Drawn]], noise: Elementwise, fused: bool) -> None:
     """Small tensors as one flat tensor."""
     items = [item for item, _ in pack]
     small = Small([item.base for item in items])
@@ -212,7 +233,7 @@ def _kept(values: Tensor, mask: Members | None, region: Region | None) -> Tensor
     return mask.keep(values, 0) if region is None else mask.at(region.index(values.device), values)
 
 
-def _rows(item: Item, rows: Tensor, drawn: Drawn, noise: Noise) -> None:
+def _rows(item: Item, rows: Tensor, drawn: Drawn, noise: Elementwise) -> None:
     """Some rows of a matrix, for a lookup that reads no others."""
     width = item.base.shape[1]
     rows = rows.flatten()
@@ -222,17 +243,18 @@ def _rows(item: Item, rows: Tensor, drawn: Drawn, noise: Noise) -> None:
         out = torch.empty_like(base)
         dithered = dither_at(index, drawn.rounding) if drawn.rounded else None
         keep = None if item.mask is None else item.mask.at(index, base)
-        combine(item, out, base, [noise.at(index, drawn.key(j)) for j in range(drawn.terms)], dithered, keep)
+        total = total_of((noise.at(index, drawn.key(j)) for j in range(drawn.terms)), item.coefficients, base)
+        combine(item, out, base, total, dithered, keep)
         item.out[some] = out
 
 
-def elements(listed: Sequence[tuple[Item, Drawn]], noise: Noise) -> None:
+def elements(listed: Sequence[tuple[Item, Drawn]], noise: Elementwise) -> None:
     """Of tensors of one dtype the elements that their lists name, all of them together."""
     if not listed:
         return
     items, drawn = [item for item, _ in listed], [own for _, own in listed]
     named = [item.places if item.places is not None else item.mask.index for item in items]  # type: ignore[union-attr]
-    indices, places = (list(column) for column in zip(*map(_located, items, named), strict=True))
+    indices, places = (list(column) for column in zip(*map(located, items, named), strict=True))
     bases = [item.base if item.places is not None else take(item.base, place) for item, place in zip(items, places, strict=True)]
     small, index = Small(bases), torch.cat(indices).long()
     rows = torch.tensor([own.row for own in drawn], device=small.device).repeat_interleave(torch.tensor(small.lengths, device=small.device))
@@ -249,22 +271,3 @@ def elements(listed: Sequence[tuple[Item, Drawn]], noise: Noise) -> None:
         if item.out is not item.base:
             item.out.copy_(item.base)
         put(item.out, own, piece)
-
-
-def _located(item: Item, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Of listed elements of a parameter: the numbers of those that the item has, and where it has them."""
-    if item.region is None or item.places is not None:
-        return index, index
-    own, places = item.region.locate(index)
-    return index[own], places
-
-
-def take(tensor: Tensor, index: Tensor) -> Tensor:
-    """Elements by their number in logical order."""
-    return tensor.view(-1)[index] if tensor.is_contiguous() else tensor[torch.unravel_index(index, tensor.shape)]
-
-
-def put(tensor: Tensor, index: Tensor, values: Tensor) -> None:
-    """Write elements by their number in logical order."""
-    where = (index.long(),) if tensor.is_contiguous() else torch.unravel_index(index.long(), tensor.shape)
-    (tensor.view(-1) if tensor.is_contiguous() else tensor).index_put_(where, values.to(tensor.dtype))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zo_lightning.engine.noise import Item
 from zo_lightning.engine.noise.members import Listed
-from zo_lightning.engine.noise.sweep import put, take
+from zo_lightning.engine.noise.places import put, take
 from zo_lightning.engine.parameters import Trained
 
 
@@ -32,7 +32,10 @@ class Swap:
 
     def compact(self, items: Sequence[Item]) -> list[Item]:
         """Items of whole weights, as items of what is listed of them: they write `displaced`, and touch no weight."""
-        return [item._replace(base=base, mask=None, places=index) for item, base, index in zip(items, self._base, self._index, strict=True)]
+        return [
+            item._replace(base=base, mask=None, places=index, whole=item.shape)
+            for item, base, index in zip(items, self._base, self._index, strict=True)
+        ]
 
     def leave(self) -> None:
         """Write the displaced values into the weights."""

@@ -32,7 +32,7 @@ def describe(optimizer: ZOOptimizer, fingerprint: str, frozen: str, base: str | 
     return Segment(
         step=optimizer.steps,
         seed=optimizer.seed,
-        noise=optimizer.noise.name,
+        noise=optimizer.noise.text,
         estimator={"name": optimizer.estimator.name, "options": _options(optimizer.estimator)},
         rule={"name": optimizer.rule.name, "options": _options(optimizer.rule)},
         residency=residency.name,

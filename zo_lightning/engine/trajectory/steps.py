@@ -20,7 +20,7 @@ from zo_lightning.engine.noise.compiling import available
 from zo_lightning.engine.parameters import Trained
 from zo_lightning.engine.recall import points_of
 from zo_lightning.engine.residency import InPlace, Masters
-from zo_lightning.engine.seeds import query_seed, rounding_seed
+from zo_lightning.engine.seeds import rounding_seed
 from zo_lightning.engine.signals import held
 from zo_lightning.engine.trajectory.records import Options, Segment
 from zo_lightning.engine.updates import RULES, RuleState, UpdateRule
@@ -68,7 +68,7 @@ class Stepper:
             optimizer.masks.take(self._masks.chosen)
 
     def _points(self, record: StepRecord) -> list[Displacement]:
-        points = self._estimator.points(lambda query: query_seed(self._segment.seed, record.step, query))
+        points = self._estimator.points(lambda query: self._noise.seed(self._segment.seed, record.step, query))
         expected = len(points) + len(self._estimator.along)
         if expected != len(record.values):
             raise ValueError(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from torch import Tensor, nn
 
-from zo_lightning.engine.noise import NOISES, Noise
+from zo_lightning.engine.noise import NOISES, Noise, as_noise
 from zo_lightning.engine.parameters import Trained, canonical_names, collect, names_of
 from zo_lightning.engine.seeds import parameter_key
 from zo_lightning.engine.shards import is_sharded
@@ -84,9 +84,9 @@ def _tensors(target: Target, wanted: list[str]) -> dict[str, Tensor]:
 def noise_of(target: Target, segment: Segment) -> Noise:
     """The noise that the log names. ValueError where nobody knows it."""
     optimizer = as_optimizer(target)
-    if optimizer is not None and optimizer.noise.name == segment.noise:
+    if optimizer is not None and optimizer.noise.text == segment.noise:
         return optimizer.noise
-    if segment.noise not in NOISES:
-        raise ValueError(f"noise={segment.noise!r} of the step log is not known here. Known: {', '.join(map(repr, NOISES))}.")
-    found: Noise = NOISES[segment.noise]()  # type: ignore[operator]
-    return found
+    try:
+        return as_noise(segment.noise)
+    except ValueError as error:
+        raise ValueError(f"noise={segment.noise!r} of the step log is not known here. Known: {', '.join(map(repr, NOISES))}.") from error
