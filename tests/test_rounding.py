@@ -142,18 +142,19 @@ def test_a_sweep_rounds_like_the_reference(name: str, dtype: torch.dtype, coeffi
     for key, got in enumerate(swept(name, dtype, some, coefficients, decay, 9)):
         count = got.numel()
         base = weights(dtype, count).double().numpy()
-        z = [reference_noise(name, seed, key, count) for seed in some]
+        z = [reference_noise(name, seed, key, tuple(got.shape)) for seed in some]
         change = base * (decay - 1.0) + sum(c * row for c, row in zip(coefficients, z, strict=True))
         want = rounded(base, change, dither(9, key, count).astype(np.float64), label(dtype))
         differ = got.double().view(-1).numpy() != want
         assert differ.sum() <= max(1, 2e-4 * count)
 
 
-def reference_noise(name: str, seed: int, key: int, count: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def reference_noise(name: str, seed: int, key: int, shape: tuple[int, ...]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     from reference import noise as reference
 
-    index = np.arange(count, dtype=np.int64)
-    return getattr(reference, name)(seed, key, index)  # type: ignore[no-any-return]
+    if not math.prod(shape):
+        return np.zeros(0)
+    return getattr(reference, name)(seed, key, np.arange(math.prod(shape)) if name in reference.NOISES else shape)  # type: ignore[no-any-return]
 
 
 @each_dtype

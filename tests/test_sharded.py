@@ -14,7 +14,7 @@ from ranks import run_ranks
 from shard_worker import CASES, WORLD, run
 from torch import Tensor
 
-from zo_lightning.engine.noise import Gaussian, Item, Noise, Rademacher, sweep
+from zo_lightning.engine.noise import Gaussian, Item, LowRank, Noise, Rademacher, Sphere, sweep
 from zo_lightning.engine.noise.members import Band, Bits, Listed, Lot, Members
 from zo_lightning.engine.noise.region import Region
 from zo_lightning.engine.noise.sweep import SMALL
@@ -156,7 +156,9 @@ SHAPES = [(7,), (300,), (33, 17), (6, 5, 7), (700, 900), (3, 300000), (1000003,)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("noise", [Rademacher(), Gaussian()], ids=lambda noise: noise.name)
+@pytest.mark.parametrize(
+    "noise", [Rademacher(), Gaussian(), Sphere(), LowRank(), LowRank(3, orthogonal=True)], ids=lambda noise: noise.name
+)
 def test_a_pass_over_a_region_gives_the_bits_of_one_over_the_whole(shape: tuple[int, ...], noise: Noise) -> None:
     draw = random.Random(str(shape))
     dtypes: list[tuple[torch.dtype, int | None]] = [(torch.float32, None), (torch.bfloat16, 9), (torch.float16, 9), (torch.float64, None)]

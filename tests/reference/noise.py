@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,15 +34,15 @@ def parameter_key(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8, person=b"zo.param").digest(), "little")
 
 
-def stream(seed: int, key: int) -> tuple[int, int, int]:
+def stream(seed: int, key: int, label: str = "zo.noise") -> tuple[int, int, int]:
     """(k0, k1, c1): the key of Threefry and the high word of its counter."""
-    digest = _blake2b("zo.noise", seed, key)
+    digest = _blake2b(label, seed, key)
     k0, k1, c1 = (int.from_bytes(digest[at : at + 4], "little") for at in (0, 4, 8))
     return k0, k1, c1
 
 
-def _hash(seed: int, key: int, counters: NDArray[np.int64]) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-    k0, k1, c1 = stream(seed, key)
+def _hash(seed: int, key: int, counters: NDArray[np.int64], label: str = "zo.noise") -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+    k0, k1, c1 = stream(seed, key, label)
     return threefry_array(counters.astype(np.uint32), c1, k0, k1)
 
 
@@ -52,16 +53,48 @@ def rademacher(seed: int, key: int, index: NDArray[np.int64]) -> Values:
     return np.where(word >> (index % 64).astype(np.uint64) & np.uint64(1), 1.0, -1.0)
 
 
-def gaussian(seed: int, key: int, index: NDArray[np.int64]) -> Values:
+def gaussian(seed: int, key: int, index: NDArray[np.int64], label: str = "zo.noise") -> Values:
     """Box-Muller over blocks of 2**19 elements: the cosines are the first half of a block, the sines the second.
 
     Radius sqrt(-2 ln u) with u = (top 24 bits of the first word + 1) / 2**24; angle = pi * (second word, signed) / 2**31.
     """
     block, within = np.divmod(index, 2 * HALF)
-    first, second = _hash(seed, key, block * HALF + within % HALF)
+    first, second = _hash(seed, key, block * HALF + within % HALF, label)
     radius = np.sqrt(-2 * np.log(((first >> np.uint32(8)).astype(np.float64) + 1) / 2**24))
     angle = np.pi * second.view(np.int32).astype(np.float64) / 2**31
     return radius * np.where(within < HALF, np.cos(angle), np.sin(angle))
+
+
+def sphere(seed: int, key: int, shape: Sequence[int]) -> Values:
+    """Gaussian values of the length sqrt(n)."""
+    x = gaussian(seed, key, np.arange(math.prod(shape)))
+    return x * math.sqrt(x.size / float((x * x).sum()))
+
+
+def low_rank(seed: int, key: int, shape: Sequence[int], rank: int = 2, refresh: int = 50, orthogonal: bool = False) -> Values:
+    """A matrix (m, n) is U V' / sqrt(r), or sqrt(m n) / r U S V' with orthonormal U, V; the bits of the seed from 40 up are the basis's."""
+    m, n = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
+    if min(m, n) < 2:
+        return gaussian(seed, key, np.arange(m * n))
+    r, basis = min(rank, m, n), seed if refresh == 1 and not orthogonal else seed // 2**40
+    if orthogonal:
+        drawn = gaussian(basis, key, np.arange((m + n) * r), "zo.basis")
+        u, v = (_orthonormal(part.reshape(-1, r)) for part in (drawn[: m * r], drawn[m * r :]))
+        core = gaussian(seed, key, np.arange(r * r)).reshape(r, r)
+        return (math.sqrt(m * n) / r * (u @ core @ v.T)).ravel()
+    u = gaussian(seed, key, np.arange(m * r)).reshape(m, r)
+    v = gaussian(basis, key, np.arange(n * r), "zo.basis").reshape(n, r)
+    return (u @ v.T / math.sqrt(r)).ravel()
+
+
+def _orthonormal(columns: Values) -> Values:
+    """Gram and Schmidt's."""
+    found: list[Values] = []
+    for column in columns.T:
+        rest = column - sum((q * (q @ column) for q in found), np.zeros_like(column))
+        rest = rest - sum((q * (q @ rest) for q in found), np.zeros_like(column))
+        found.append(rest / np.linalg.norm(rest))
+    return np.stack(found, axis=1)
 
 
 NOISES: dict[str, Callable[[int, int, NDArray[np.int64]], Values]] = {"rademacher": rademacher, "gaussian": gaussian}
