@@ -12,7 +12,19 @@ from covering import all_pairs, pairs_of, rows
 from engine_models import mlp, regression, same, snapshot
 from torch import nn
 
-from zo_lightning.engine import SPSA, Conservative, ForwardGradient, LowRank, Momentum, OneSided, RankSGD, TorchOptimizer, ZOOptimizer
+from zo_lightning.engine import (
+    SPSA,
+    Conservative,
+    Curvature,
+    ForwardGradient,
+    HiZOO,
+    LowRank,
+    Momentum,
+    OneSided,
+    RankSGD,
+    TorchOptimizer,
+    ZOOptimizer,
+)
 from zo_lightning.engine.estimators import ESTIMATORS
 from zo_lightning.engine.masks import Mask
 from zo_lightning.engine.noise import NOISES
@@ -26,6 +38,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "estimator": {
         "spsa": SPSA(),
         "ranks": SPSA(2, fitness="ranks"),
+        "curvature": Curvature(2),
         "one-sided": OneSided(2),
         "normalized": OneSided(3, normalized=True),
         "forward": ForwardGradient(2),
@@ -47,6 +60,7 @@ CHOICES: dict[str, dict[str, Any]] = {
         "momentum": Momentum(0.8, window=3),
         "adam": "adam",
         "torch": TorchOptimizer("RMSprop", alpha=0.9),
+        "hizoo": HiZOO(alpha=1e-3),
     },
     "mask": {
         "none": None,
@@ -62,12 +76,16 @@ CHOICES: dict[str, dict[str, Any]] = {
 }
 USUAL = {name: next(iter(choices)) for name, choices in CHOICES.items()}
 TRIES_STEPS = ("conservative", "rank-sgd, search")
-DENSE = ("sign", "adam", "torch")
+DENSE = ("sign", "adam", "torch", "hizoo")
 
 
 def refusal(row: Mapping[str, str]) -> str | None:
     """What is said of a row, or of a part of one, that makes no sense; None where it does."""
     estimator, update, weights = (row.get(name, USUAL[name]) for name in ("estimator", "update", "weights"))
+    if update == "hizoo" and estimator not in ("spsa", "curvature"):
+        return "Invalid estimator: .* needs the curvature along each direction"
+    if update == "hizoo" and row.get("noise") == "rademacher":
+        return "Invalid noise: 'rademacher' with update="
     if estimator in TRIES_STEPS and update != "sgd":
         return "Invalid update: .* tries steps along the estimate"
     if update in DENSE and weights == "offload":
@@ -89,7 +107,8 @@ REFUSED = [dict(pair) for pair in all_pairs(FACTORS) if refusal(dict(pair))]
 
 
 def options(row: Mapping[str, str]) -> dict[str, Any]:
-    chosen = {name: CHOICES[name][row.get(name, USUAL[name])] for name in CHOICES}
+    usual = {**USUAL, "noise": "gaussian"} if row.get("update") == "hizoo" else USUAL
+    chosen = {name: CHOICES[name][row.get(name, usual[name])] for name in CHOICES}
     del chosen["dtype"]
     return {**chosen, "lr": 1e-4, "eps": 1e-2, "weight_decay": 0.1, "safeguard": None}
 

@@ -13,12 +13,26 @@ import pytest
 import torch
 from engine_models import RESIDENCIES, STREAMED, distance, mean_square, mlp, regression, same, snapshot
 from reference import updates as reference
+from reference.noise import query_seed, whole
 from reference.spsa import Settings
 from torch import Tensor, nn
 from torch.func import functional_call
 from trajectory_tools import Recorder
 
-from zo_lightning.engine import SGD, SPSA, Adam, Conservative, Momentum, RankSGD, Sign, TorchOptimizer, UpdateRule, ZOOptimizer
+from zo_lightning.engine import (
+    SGD,
+    SPSA,
+    Adam,
+    Conservative,
+    HiZOO,
+    Momentum,
+    OneSided,
+    RankSGD,
+    Sign,
+    TorchOptimizer,
+    UpdateRule,
+    ZOOptimizer,
+)
 from zo_lightning.engine.masks import Mask
 from zo_lightning.engine.parameters import Scale
 from zo_lightning.engine.residency import Offload
@@ -262,15 +276,72 @@ def test_a_state_of_another_rule_is_refused() -> None:
         ZOOptimizer(mlp(), lr=LR, eps=EPS).load_state_dict(optimizer.state_dict())
 
 
+def test_a_state_of_another_optimizer_of_torch_is_refused() -> None:
+    optimizer = ZOOptimizer(mlp(), lr=LR, eps=EPS, update=TorchOptimizer("Adagrad"))
+    said = r"update='torch.SGD', but the state was saved with update='torch.Adagrad'. Resume with the same rule"
+    with pytest.raises(ValueError, match=said):
+        ZOOptimizer(mlp(), lr=LR, eps=EPS, update=TorchOptimizer("SGD", momentum=0.9)).load_state_dict(optimizer.state_dict())
+
+
+def test_a_shorter_window_takes_over_the_newest_steps() -> None:
+    model, data = mlp(), regression()
+    optimizer = ZOOptimizer(model, lr=LR, eps=EPS, update=Momentum(0.5, window=20))
+    for _ in range(10):
+        optimizer.step(mean_square(model, data))
+    other = ZOOptimizer(mlp(), lr=LR, eps=EPS, update=Momentum(0.5, window=3))
+    other.load_state_dict(optimizer.state_dict())
+    kept = [steps["zo"]["update"]["state"]["steps"] for steps in (optimizer.state_dict(), other.state_dict())]
+    assert kept[1] == kept[0][:3]
+
+
+@pytest.mark.parametrize("rule", [Momentum(0.9, window=50), TorchOptimizer("SGD", momentum=0.9)], ids=str)
+def test_weights_that_are_unfrozen_are_not_moved_along_directions_of_before(rule: UpdateRule) -> None:
+    """The first step after it is that of a run which begins there, for what was frozen."""
+    model, data = mlp(), regression()
+    first = next(iter(model.parameters()))
+    first.requires_grad_(False)
+    optimizer = ZOOptimizer(model, lr=1e-2, eps=1e-3, update=rule, safeguard=None)
+    for _ in range(5):
+        optimizer.step(mean_square(model, data))
+    first.requires_grad_(True)
+    before = first.detach().clone()
+    optimizer.step(mean_square(model, data))
+    fresh = mlp()
+    fresh.load_state_dict({**model.state_dict(), "0.weight": before})
+    assert optimizer.report is not None
+    (term,) = optimizer.estimator.terms(optimizer.estimator.points(lambda i: query_seed(0, 5, i)), optimizer.report.values)
+    z = torch.from_numpy(whole("rademacher", term.seed, "0.weight", first.numel())).view(first.shape)
+    assert torch.allclose(first.detach() - before, -1e-2 * term.slope / 1e-3 * z, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("name", ["adam", "heavy ball", "RMSprop", "NAdam"])
+def test_steps_with_lr_0_count_as_they_do_in_torch(name: str) -> None:
+    """A warm-up begins with them."""
+    model, data, lrs = mlp(), regression(), [0.0, 1e-2, 1e-2, 0.0, 1e-2]
+    theta = {key: p.detach().clone() for key, p in model.named_parameters()}
+    rule, how = DENSE[name]
+    theirs: torch.optim.Optimizer = how(list(theta.values()))  # type: ignore[arg-type, assignment, call-arg]
+    optimizer = ZOOptimizer(model, lr=1.0, eps=EPS, update=rule, safeguard=None)
+    for step, lr in enumerate(lrs):
+        estimate = reference.estimate(theta, error, Settings(lr, eps=EPS), step)
+        for key, p in theta.items():
+            p.grad = estimate[key]
+        theirs.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"] = lr
+        theirs.step()
+        optimizer.step(mean_square(model, data))
+    assert same(snapshot(model), theta)
+
+
 # ---- options
 
 
 def test_rules_and_their_names() -> None:
-    assert {name: type(ZOOptimizer(mlp(), lr=LR, update=name).rule) for name in RULES if name != "torch"} == {
+    assert {name: type(ZOOptimizer(mlp(), lr=LR, update=name, noise="gaussian").rule) for name in RULES if name != "torch"} == {
         "sgd": SGD,
         "sign": Sign,
         "momentum": Momentum,
         "adam": Adam,
+        "hizoo": HiZOO,
     }
     assert ZOOptimizer(mlp(), lr=LR, update="momentum", clip=3.0).rule == Momentum(clip=3.0)
     assert TorchOptimizer(torch.optim.Adam, betas=[0.8, 0.9]) == TorchOptimizer("Adam", betas=(0.8, 0.9))
@@ -305,6 +376,15 @@ def test_rules_and_their_names() -> None:
         (lambda: TorchOptimizer("LBFGS"), r"torch.optim.LBFGS can't be used with {}: .*closure"),
         (lambda: TorchOptimizer("SparseAdam"), r"torch.optim.SparseAdam can't be used with {}: .*dense gradients"),
         (lambda: TorchOptimizer("Adam", beta=0.1), r"torch.optim.Adam can't be used with {'beta': 0.1}: .*unexpected keyword"),
+        (lambda: TorchOptimizer("Adam", capturable=True), r"torch.optim.Adam can't be used with {'capturable': True}"),
+        (lambda: TorchOptimizer("SGD", momentum=float("nan")), r"torch.optim.SGD can't be used with {'momentum': nan}"),
+        (lambda: TorchOptimizer("SGD", options="{bad"), r"Invalid options: '{bad' is no JSON. Give options as keywords"),
+        (lambda: TorchOptimizer("SGD", options="3"), r"Invalid options: '3' is no JSON of names and values"),
+        (
+            lambda: trained(TorchOptimizer("Muon"), steps=1),
+            r"Invalid update: TorchOptimizer.*Muon.* can't train '3.bias' of shape \(1,\): .*Freeze it, leave it out",
+        ),
+        (lambda: trained("sgd", clip=1.0, estimator=OneSided(3, normalized=True)), r"Invalid clip: 1.0 with .* one size whatever"),
         (lambda: TorchOptimizer("Adam", betas=(0.1, 2.0)), r"torch.optim.Adam can't be used with .*Invalid beta"),
     ],
 )
@@ -347,10 +427,10 @@ class Keeping(Dense):
 
 
 class KeepingState(DenseState):
-    _rule: Keeping
+    rule: Keeping
 
     def move(self, key: int, theta: Tensor, estimate: Tensor, lr: float) -> None:
-        self._rule.kept.append(estimate.clone())
+        self.rule.kept.append(estimate.clone())
 
 
 @pytest.mark.parametrize("weights", RESIDENCIES)

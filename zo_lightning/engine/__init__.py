@@ -1,7 +1,7 @@
 """Forward-only optimization in plain PyTorch: the mathematics of zo-lightning, without any host."""
 
 from zo_lightning.engine import first_calls
-from zo_lightning.engine.estimators import SPSA, Conservative, Estimator, ForwardGradient, OneSided, RankSGD, Term
+from zo_lightning.engine.estimators import SPSA, Conservative, Curvature, Estimator, ForwardGradient, OneSided, RankSGD, Term
 from zo_lightning.engine.messages import ZOWarning
 from zo_lightning.engine.noise import Gaussian, LowRank, Noise, Rademacher, Sphere
 from zo_lightning.engine.optimizer import ZOOptimizer
@@ -9,7 +9,7 @@ from zo_lightning.engine.options import EngineOptions
 from zo_lightning.engine.parallel import DataParallel, Exchange, Mesh, PeerError, Processes
 from zo_lightning.engine.report import Estimate, StepReport
 from zo_lightning.engine.safeguard import DivergenceError, Safeguard
-from zo_lightning.engine.updates import SGD, Adam, Momentum, Sign, TorchOptimizer, UpdateRule
+from zo_lightning.engine.updates import SGD, Adam, HiZOO, Momentum, Sign, TorchOptimizer, UpdateRule
 
 first_calls.make()
 
@@ -18,6 +18,7 @@ __all__ = [
     "SPSA",
     "Adam",
     "Conservative",
+    "Curvature",
     "DataParallel",
     "DivergenceError",
     "EngineOptions",
@@ -26,6 +27,7 @@ __all__ = [
     "Exchange",
     "ForwardGradient",
     "Gaussian",
+    "HiZOO",
     "LowRank",
     "Mesh",
     "Momentum",

@@ -25,8 +25,9 @@ def candidates(along: Sequence[float], terms: Sequence[Term], rule: UpdateRule, 
         if not all(math.isclose(a, b, rel_tol=1e-9, abs_tol=0.0) for a, b in zip(own, multiples[0], strict=True)):
             ratios = ", ".join(f"{group.lr / group.eps**2:g}" for group in settings)
             raise ValueError(
-                f"A line search moves all parameter groups by one multiple of their perturbations, lr / eps**2, and group {index} has "
-                f"another than the first ({ratios}). Give the groups lr and eps of the same lr / eps**2, or search=0."
+                f"Steps that are tried before one is made (Conservative, RankSGD's search=) move all parameter groups by one multiple of "
+                f"their perturbations, lr / eps**2, and group {index} has another than the first ({ratios}). Give the groups lr and eps of "
+                "the same lr / eps**2, or use an estimator that tries none, such as SPSA()."
             )
     return [tuple((term.seed, length * m) for term, m in zip(terms, multiples[0], strict=True)) for length in along]
 

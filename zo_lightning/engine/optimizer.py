@@ -61,7 +61,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             trained (kinds.py): lr 1e-6 and eps 1e-3 for weights, 5e-5 and 1e-2 for LoRA, 1e-3 and 1e-1 for prefixes and prompts.
         noise: "rademacher", "gaussian", "sphere", "low_rank", or a `Noise`.
         estimator: an `Estimator`; None is `SPSA(queries=1)`.
-        update: "sgd", "sign", "momentum", "adam", or an `UpdateRule`. lr must be given with those that are not SGD or momentum.
+        update: "sgd", "sign", "momentum", "adam", "hizoo", or an `UpdateRule`. lr must be given with those that are not SGD or momentum.
         weights: "exact", "copy", "inplace" or "auto": how perturbed weights come to exist (docs/architecture.md).
         seed: of the run; perturbations and dropout masks are functions of (seed, step).
         dropout: False switches Dropout modules off during evaluations, as MeZO's eval mode does.
@@ -104,9 +104,10 @@ class ZOOptimizer(torch.optim.Optimizer):
         found, groups, given = split_input(params)
         self.module = module if module is not None else found
         self._names = {**(names_of(self.module) if self.module is not None else {}), **given}
-        self.noise, self.estimator = as_noise(noise), as_estimator(estimator)
+        self.noise = as_noise(noise)
         self.weights, self.seed = weights, seed
         self.rule = as_rule(update, clip)
+        self.estimator = self.rule.measured_by(as_estimator(estimator))
         self.progress = self.rule.begin()
         self.safeguard = as_safeguard(safeguard)
         self.max_nonfinite = max_nonfinite
@@ -214,9 +215,10 @@ class ZOOptimizer(torch.optim.Optimizer):
         if before is not None and not before.retired:
             before.close()
         self._residency = None
-        found = build_residency(self.weights, self.module, trained, self.noise, before)
+        found = build_residency(self.weights, self.module, trained, self.progress.noise(self.noise), before)
         check_rule(self.rule, found)
         check_estimator(self.estimator, found)
+        self.progress.train({p.key for p in trained})
         self._residency = found
         self._residency.masters, self._residency.masks = self.masters, self.masks
         self._signature = self._signature_for(self._residency)

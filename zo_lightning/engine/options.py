@@ -11,7 +11,7 @@ from torch import nn
 from zo_lightning.engine.estimators import ESTIMATORS, SPSA, Estimator
 from zo_lightning.engine.masks import Mask
 from zo_lightning.engine.messages import check_number, choose
-from zo_lightning.engine.noise import Noise, as_noise
+from zo_lightning.engine.noise import Noise, Rademacher, as_noise
 from zo_lightning.engine.noise.rounding import rounds
 from zo_lightning.engine.objectives import Objective
 from zo_lightning.engine.parallel import Mesh, mesh_of
@@ -72,8 +72,8 @@ class EngineOptions:
             raise ValueError(f"Invalid objective: {self.objective!r}. Must be an Objective (zo_lightning.engine.objectives), or None.")
         if self.parallel is not None:
             mesh_of(self.parallel)
-        as_noise(self.noise)
-        estimator = as_estimator(self.estimator)
+        noise, rule = as_noise(self.noise), as_rule(self.update, self.clip)
+        estimator = rule.measured_by(as_estimator(self.estimator))
         if estimator.tangents and self.objective is not None:
             raise ValueError(
                 f"Invalid estimator: {estimator!r} with objective={self.objective!r}: it differentiates the loss, and others have no "
@@ -84,7 +84,6 @@ class EngineOptions:
                 f"Invalid estimator: {estimator!r} with weights=Offload(...): tangents of all trained weights are in memory at "
                 "once. Use SPSA()."
             )
-        rule = as_rule(self.update, self.clip)
         if estimator.along and not isinstance(rule, SGD):
             raise ValueError(
                 f"Invalid update: {self.update!r} with estimator={self.estimator!r}, which tries steps along the estimate before it makes "
@@ -97,8 +96,18 @@ class EngineOptions:
             )
         if rule.clip is not None and not estimator.clips:
             raise ValueError(
-                f"Invalid clip: {rule.clip!r} with estimator={self.estimator!r}, whose terms have a fixed size and sum to zero, which a "
-                "bound on each would spoil. Leave clip out; a smaller lr makes smaller steps."
+                f"Invalid clip: {rule.clip!r} with estimator={self.estimator!r}, whose terms have one size whatever the gradient is: "
+                "a bound would only spoil their balance. Leave clip out; a smaller lr makes smaller steps."
+            )
+        if rule.rescales and isinstance(noise, Rademacher):
+            raise ValueError(
+                f"Invalid noise: {noise.text!r} with update={self.update!r}, which tells weights apart by z^2, and here all are 1. Use "
+                'noise="gaussian".'
+            )
+        if rule.rescales and self.mask is not None and self.mask.rule.measures:
+            raise ValueError(
+                f"Invalid mask: {self.mask!r} with update={self.update!r}: the mean of what its steps measure has noise of one size. Use a "
+                "mask whose rule measures nothing."
             )
         as_safeguard(self.safeguard)
 
@@ -160,6 +169,7 @@ def as_rule(update: str | UpdateRule, clip: float | None = None) -> UpdateRule:
 
 def check_rule(rule: UpdateRule, residency: Residency) -> None:
     """ValueError where an update rule can't be used with these weights."""
+    rule.check(residency.trained)
     if not rule.dense:
         return
     if residency.name == "inplace" and any(rounds(p.tensor.dtype) for p in residency.trained):

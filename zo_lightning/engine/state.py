@@ -39,7 +39,7 @@ def saved(optimizer: ZOOptimizer) -> dict[str, Any]:
         "idle": optimizer._idle,
         "masters": _whole_masters(optimizer),
         "masks": optimizer.masks.state_dict(),
-        "update": {"name": optimizer.rule.name, "state": optimizer.progress.state_dict()},
+        "update": {"name": optimizer.rule.kind, "state": optimizer.progress.state_dict()},
         "window": None if window is None else {**window.state_dict(), "of": _whose(optimizer)},
     }
 
@@ -103,9 +103,9 @@ def check(optimizer: ZOOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"The state has version {zo.get('version')} or is incomplete; this release reads version {VERSION}.")
     if zo["noise"] != optimizer.noise.text:
         raise ValueError(f"noise={optimizer.noise.text!r}, but the state was saved with noise={zo['noise']!r}. Resume with the same noise.")
-    if zo["update"]["name"] != optimizer.rule.name:
+    if zo["update"]["name"] != optimizer.rule.kind:
         raise ValueError(
-            f"update={optimizer.rule.name!r}, but the state was saved with update={zo['update']['name']!r}. Resume with the same rule."
+            f"update={optimizer.rule.kind!r}, but the state was saved with update={zo['update']['name']!r}. Resume with the same rule."
         )
     there, here = zo["masks"]["mask"], optimizer.masks.mask
     if there != (None if here is None else here.described()):

@@ -2,13 +2,16 @@
 
 from zo_lightning.engine.estimators.base import ADDED, Displacement, Estimator, Term
 from zo_lightning.engine.estimators.conservative import Conservative
+from zo_lightning.engine.estimators.curvature import Curvature
 from zo_lightning.engine.estimators.fitness import FITNESS, centred_ranks, z_scores
 from zo_lightning.engine.estimators.forward_gradient import ForwardGradient
 from zo_lightning.engine.estimators.one_sided import OneSided
 from zo_lightning.engine.estimators.rank_sgd import RankSGD
 from zo_lightning.engine.estimators.spsa import SPSA
 
-ESTIMATORS: dict[str, type[Estimator]] = {method.name: method for method in (SPSA, OneSided, ForwardGradient, Conservative, RankSGD)}
+ESTIMATORS: dict[str, type[Estimator]] = {
+    method.name: method for method in (SPSA, OneSided, Curvature, ForwardGradient, Conservative, RankSGD)
+}
 """By the names that `estimator=` and step logs use."""
 
 __all__ = [
@@ -17,6 +20,7 @@ __all__ = [
     "FITNESS",
     "SPSA",
     "Conservative",
+    "Curvature",
     "Displacement",
     "Estimator",
     "ForwardGradient",

@@ -17,11 +17,13 @@ Displacement = tuple[tuple[int, float], ...]
 class Term(NamedTuple):
     """One direction of the estimate: the slope (change of the objective for one eps along z(seed)), divided by the number of queries.
 
-    A group with scale eps has the gradient estimate g = sum_j (slope_j / eps) z(s_j).
+    A group with scale eps has the gradient estimate g = sum_j (slope_j / eps) z(s_j). `curvature` is the second difference along z(seed),
+    about eps^2 z'Hz, divided alike, of estimators that measure it.
     """
 
     seed: int
     slope: float
+    curvature: float = 0.0
 
 
 class Estimator(ABC):

@@ -13,7 +13,8 @@ class Conservative(SPSA):
     """ZO-SGD-Cons (ZO-Bench, arXiv 2402.11592): the best of theta - u, theta + u and theta, for the step u that SPSA would make.
 
     u = lr g with SPSA's g. The micro-batches of the step are evaluated three times more, at these points, which costs 2n + 3 evaluations;
-    the objective on the data of a step never grows by it. All groups need the same lr / eps**2; weight decay is that of lr.
+    the objective on the data of a step does not grow by it, before weight decay and the rounding of 16-bit weights. All groups need the
+    same lr / eps**2; weight decay is that of lr.
     """
 
     name = "conservative"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
@@ -27,8 +28,8 @@ class Through(Protocol):
     def moves(self, group: int) -> bool:
         """Whether weights of a group are moved at all."""
 
-    def move(self, key: int, group: int, theta: Tensor, estimate: Tensor) -> None:
-        """Move `theta`, in place, by the estimate of its shape and dtype, which may be written to."""
+    def move(self, key: int, group: int, theta: Tensor, estimate: Tensor, direction: Callable[[int], Tensor]) -> None:
+        """Move `theta`, in place, by the estimate of its shape and dtype; `direction(j)` is z(seeds[j]). Both may be written to."""
 
 
 class Change(NamedTuple):
@@ -126,10 +127,14 @@ def apply_through(weights: Sequence[Weights], change: Change, noise: Noise, mask
         moved = theta if keep is None and w.unit == 1.0 else theta / w.unit
         if decay != 1.0:
             moved.mul_(decay)
-        through.move(w.key, w.group, moved, estimate)
+        through.move(w.key, w.group, moved, estimate, partial(_direction, w, change, noise, masks.get(w.key)))
         if moved is not theta:
             theta.copy_(moved * w.unit if keep is None else torch.where(keep, moved * w.unit, theta))
     hold(weights)
+
+
+def _direction(w: Weights, change: Change, noise: Noise, mask: Members | None, term: int) -> Tensor:
+    return materialized(w, change.seeds[term : term + 1], (1.0,), noise, mask)[0]
 
 
 def materialized(

@@ -36,12 +36,14 @@ class Stepper:
     """Applies the records of one segment to its tensors."""
 
     def __init__(self, segment: Segment, trained: Sequence[Trained], noise: Noise) -> None:
-        self._segment, self._trained, self._noise = segment, trained, noise
+        self._segment, self._trained = segment, trained
         self._masks = Masks()
         self._estimator: Estimator = build("estimator", ESTIMATORS, segment.estimator)
         self._rule: UpdateRule = build("update rule", RULES, segment.rule)
         self._masters = Masters(every=self._rule.dense)  # which a segment begins from the weights
         self._progress: RuleState = self._rule.begin()
+        self._progress.train({p.key for p in trained})
+        self._noise = self._progress.noise(noise)
         say_if_not_exact(segment, trained)
 
     def apply(self, records: Sequence[StepRecord]) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from zo_lightning.engine.estimators import Term
+from zo_lightning.engine.estimators import Estimator, Term
 from zo_lightning.engine.messages import check_number
-from zo_lightning.engine.noise import Change
+from zo_lightning.engine.noise import Change, Noise
+from zo_lightning.engine.parameters import Trained
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,28 @@ class UpdateRule:
     shards: ClassVar[bool] = True
     """Whether a rank can do it to its part of a parameter."""
 
+    rescales: ClassVar[bool] = False
+    """Whether the noise of weights has sizes that the rule learns."""
+
     def __post_init__(self) -> None:
         if self.clip is not None:
             check_number("clip", self.clip, "> 0, or None", lambda x: x > 0)
 
+    @property
+    def kind(self) -> str:
+        """What its state can be taken over by: the name, and of a family which one."""
+        return self.name
+
     def begin(self) -> RuleState:
         """The state of a run that has made no step."""
         return RuleState(self)
+
+    def measured_by(self, estimator: Estimator) -> Estimator:
+        """The estimator that measures what the rule needs. ValueError where this one can't."""
+        return estimator
+
+    def check(self, trained: Sequence[Trained]) -> None:
+        """ValueError where it can't train these parameters."""
 
     def step(self, terms: Sequence[Term], group: GroupSettings) -> tuple[float, tuple[float, ...]]:
         """(decay, (c_1, ..., c_n)) for one group, in float64: theta <- decay theta + sum_j c_j z_j."""
@@ -62,11 +78,18 @@ class RuleState:
     """What a rule remembers, a function of the terms so far: whoever has these, rebuilds it. This one remembers nothing."""
 
     def __init__(self, rule: UpdateRule) -> None:
-        self._rule = rule
+        self.rule = rule
 
     def change(self, terms: Sequence[Term], settings: Sequence[GroupSettings], rounding: int | None) -> Change:
         """The change of a step; `rounding` is the seed of its stochastic rounding. From now on its terms are remembered."""
-        return Change(tuple(term.seed for term in terms), tuple(self._rule.step(terms, group) for group in settings), rounding)
+        return Change(tuple(term.seed for term in terms), tuple(self.rule.step(terms, group) for group in settings), rounding)
+
+    def noise(self, noise: Noise) -> Noise:
+        """The noise of evaluations and steps, where the rule has a part in it."""
+        return noise
+
+    def train(self, keys: Set[int]) -> None:
+        """These parameters are trained from now on."""
 
     def clear(self) -> None:
         """Forget all: other weights are trained from now on, or a step log begins."""

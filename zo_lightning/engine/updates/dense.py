@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -32,9 +32,12 @@ class DenseState(RuleState, ABC):
     """What a rule remembers of each tensor."""
 
     def change(self, terms: Sequence[Term], settings: Sequence[GroupSettings], rounding: int | None) -> Change:
-        estimates = tuple((1.0 - group.lr * group.weight_decay, tuple(self._rule.projected(terms, group.eps))) for group in settings)
-        through = _Through(self, tuple(group.lr for group in settings))
+        estimates = tuple((1.0 - group.lr * group.weight_decay, tuple(self.rule.projected(terms, group.eps))) for group in settings)
+        through = _Through(self, tuple(settings), tuple(terms))
         return Change(tuple(term.seed for term in terms), estimates, rounding, through)
+
+    def learn(self, key: int, terms: Sequence[Term], eps: float, direction: Callable[[int], Tensor]) -> None:
+        """The tensor of a parameter's key was moved by these terms; `direction(j)` is z_j, 0 outside of the mask, and may be written to."""
 
     @abstractmethod
     def move(self, key: int, theta: Tensor, estimate: Tensor, lr: float) -> None:
@@ -46,10 +49,12 @@ class _Through:
     """What `apply_through` asks."""
 
     state: DenseState
-    lr: tuple[float, ...]
+    settings: tuple[GroupSettings, ...]
+    terms: tuple[Term, ...]
 
     def moves(self, group: int) -> bool:
-        return self.lr[group] > 0
+        return self.settings[group].lr > 0 or self.state.rule.remembers
 
-    def move(self, key: int, group: int, theta: Tensor, estimate: Tensor) -> None:
-        self.state.move(key, theta, estimate, self.lr[group])
+    def move(self, key: int, group: int, theta: Tensor, estimate: Tensor, direction: Callable[[int], Tensor]) -> None:
+        self.state.move(key, theta, estimate, self.settings[group].lr)
+        self.state.learn(key, self.terms, self.settings[group].eps, direction)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ class Momentum(UpdateRule):
     that an update takes K times as long. `TorchOptimizer("SGD", momentum=beta)` keeps the buffer instead, for small trainable sets.
 
     An estimate moves weights by lr / (1 - beta) of itself in the end: take 1 - beta of SGD's lr. With a mask, earlier directions are those
-    of the weights that are trained now; a mask that is made anew begins with none.
+    of the weights that are trained now. Where a mask is made anew, or parameters are frozen or unfrozen, the sum begins anew.
 
     Args:
         beta: in [0, 1). window: K, at least 1.
@@ -48,14 +48,15 @@ class Momentum(UpdateRule):
 class _Window(RuleState):
     """The last steps, newest first: their seeds, and the projected gradients of each group."""
 
-    _rule: Momentum
+    rule: Momentum
 
     def __init__(self, rule: Momentum) -> None:
         super().__init__(rule)
         self._steps: deque[tuple[tuple[int, ...], list[list[float]]]] = deque(maxlen=rule.window)
+        self._keys: Set[int] | None = None
 
     def change(self, terms: Sequence[Term], settings: Sequence[GroupSettings], rounding: int | None) -> Change:
-        own = [self._rule.projected(terms, group.eps) for group in settings]
+        own = [self.rule.projected(terms, group.eps) for group in settings]
         self._steps.appendleft((tuple(term.seed for term in terms), own))
         steps = tuple((1.0 - group.lr * group.weight_decay, self._coefficients(i, group.lr)) for i, group in enumerate(settings))
         return Change(tuple(seed for seeds, _ in self._steps for seed in seeds), steps, rounding)
@@ -65,14 +66,22 @@ class _Window(RuleState):
         found: list[float] = []
         for ago, (seeds, projected) in enumerate(self._steps):
             then = projected[group] if group < len(projected) else [0.0] * len(seeds)
-            found += [-lr * self._rule.beta**ago * g for g in then]
+            found += [-lr * self.rule.beta**ago * g for g in then]
         return tuple(found)
+
+    def train(self, keys: Set[int]) -> None:
+        if self._keys is not None and keys != self._keys:
+            self.clear()
+        self._keys = keys
 
     def clear(self) -> None:
         self._steps.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": [[list(seeds), [list(own) for own in projected]] for seeds, projected in self._steps]}
+        keys = None if self._keys is None else sorted(self._keys)
+        return {"keys": keys, "steps": [[list(seeds), [list(own) for own in projected]] for seeds, projected in self._steps]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._steps = deque(((tuple(seeds), projected) for seeds, projected in state["steps"]), maxlen=self._rule.window)
+        newest = state["steps"][: self.rule.window]
+        self._steps = deque(((tuple(seeds), projected) for seeds, projected in newest), maxlen=self.rule.window)
+        self._keys = None if state["keys"] is None else frozenset(state["keys"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_lightning.engine.messages import check_number
+from zo_lightning.engine.parameters import Trained
 from zo_lightning.engine.updates.dense import Dense, DenseState
 
 ELEMENTWISE = ("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
@@ -90,16 +92,16 @@ class TorchOptimizer(_OfTorch):
         if not known or (kind is not optimizer and not isinstance(optimizer, str)):
             names = sorted(each for each, found in vars(torch.optim).items() if isinstance(found, type) and each != "Optimizer")
             raise ValueError(f"Invalid optimizer: {optimizer!r}. Use one of torch.optim: {', '.join(names)}.")
-        given = {**json.loads(options), **keywords}
+        given = {**_read(options), **keywords}
         for key in given:
             if key in _OURS:
                 raise ValueError(f"TorchOptimizer({name!r}, {key}={given[key]!r}): {key} is not one of its options here. {_OURS[key]}")
         object.__setattr__(self, "clip", clip)
         object.__setattr__(self, "optimizer", name)
         try:
-            object.__setattr__(self, "options", json.dumps(given, sort_keys=True))
+            object.__setattr__(self, "options", json.dumps(given, sort_keys=True, allow_nan=False))
             self._try()
-        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        except (TypeError, ValueError, RuntimeError, IndexError, AssertionError) as error:
             raise ValueError(f"torch.optim.{name} can't be used with {given}: {error}") from error
         self.__post_init__()
 
@@ -109,6 +111,20 @@ class TorchOptimizer(_OfTorch):
         parameter.grad = torch.ones(2, 2)
         with torch.inference_mode(False):
             self.made(parameter).step()
+
+    def check(self, trained: Sequence[Trained]) -> None:
+        for p in trained:
+            try:
+                self.made(nn.Parameter(torch.empty(p.shape, device="meta")))
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(
+                    f"Invalid update: {self!r} can't train {p.name!r} of shape {tuple(p.shape)}: {error}. Freeze it, leave it out with a "
+                    "mask's frozen=, or name another optimizer."
+                ) from error
+
+    @property
+    def kind(self) -> str:
+        return f"{self.name}.{self.optimizer}"
 
     @property
     def shards(self) -> bool:  # type: ignore[override]
@@ -121,10 +137,20 @@ class TorchOptimizer(_OfTorch):
         return found
 
 
+def _read(options: str) -> dict[str, Any]:
+    try:
+        found = json.loads(options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"Invalid options: {options!r} is no JSON. Give options as keywords, such as alpha=0.9.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"Invalid options: {options!r} is no JSON of names and values. Give options as keywords, such as alpha=0.9.")
+    return found
+
+
 class _State(DenseState):
     """An optimizer for each tensor."""
 
-    _rule: _OfTorch
+    rule: _OfTorch
 
     def __init__(self, rule: _OfTorch) -> None:
         super().__init__(rule)
@@ -148,7 +174,7 @@ class _State(DenseState):
             return before
         state = self._saved.pop(key, None) if before is None else before[1].state_dict()["state"]
         parameter = nn.Parameter(theta)
-        optimizer = self._rule.made(parameter)
+        optimizer = self.rule.made(parameter)
         if state:
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         self._made[key] = parameter, optimizer

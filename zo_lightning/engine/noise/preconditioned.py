@@ -1,0 +1,51 @@
+"""Noise of another size for every weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from zo_lightning.engine.noise.base import Elementwise, Noise
+from zo_lightning.engine.noise.gaussian import Gaussian, exact_normal
+from zo_lightning.engine.noise.shaped import Place, Shaped, Where
+from zo_lightning.engine.seeds import stream
+
+
+class Preconditioned(Shaped):
+    """z[i] / sqrt(h[i]) for the z of another noise, and h > 0 of each parameter's shape, by its key; 1 where there is none.
+
+    `hessian` is looked at whenever noise is asked for.
+    """
+
+    def __init__(self, inner: Noise, hessian: Mapping[int, Tensor]) -> None:
+        self._inner = inner
+        self._hessian = hessian
+        self.name = inner.name
+
+    @property
+    def text(self) -> str:
+        return self._inner.text
+
+    def seed(self, run_seed: int, step: int, query: int) -> int:
+        return self._inner.seed(run_seed, step, query)
+
+    def values(self, seed: int, place: Place, where: Where) -> Tensor:
+        drawn = self._drawn(seed, place, where)
+        h = self._hessian.get(place.key)
+        if h is None:
+            return drawn
+        flat = h.view(-1)
+        return drawn / torch.sqrt(flat[where.start : where.stop] if isinstance(where, range) else flat[where])
+
+    def _drawn(self, seed: int, place: Place, where: Where) -> Tensor:
+        if isinstance(self._inner, Shaped):
+            return self._inner.values(seed, place, where)
+        index = torch.arange(where.start, where.stop, device=place.device) if isinstance(where, range) else where
+        key = torch.tensor(stream(seed, place.key), dtype=torch.int32).to(place.device)
+        if isinstance(self._inner, Gaussian):
+            return exact_normal(index, key).float()
+        if isinstance(self._inner, Elementwise):
+            return self._inner.at(index, key)
+        raise TypeError(f"{self._inner!r} is neither an Elementwise noise nor a Shaped one.")
