@@ -37,14 +37,14 @@ class ZOArguments:
     )
     zo_estimator: str = field(
         default="spsa",
-        metadata={"help": "How the gradient is estimated: spsa, one_sided, forward_gradient, conservative, rank_sgd."},
+        metadata={"help": "How the gradient is estimated: spsa, one_sided, curvature, forward_gradient, conservative, rank_sgd."},
     )
     zo_queries: int = field(default=1, metadata={"help": "Directions measured per step; two forward passes each, one with one_sided."})
     zo_fitness: str = field(
         default="values",
         metadata={"help": "What the losses of a step are made into before the estimate: values (themselves), ranks or z-scores."},
     )
-    zo_update: str = field(default="sgd", metadata={"help": "What an estimate does to the weights: sgd, sign, momentum, adam."})
+    zo_update: str = field(default="sgd", metadata={"help": "What an estimate does to the weights: sgd, sign, momentum, adam, hizoo."})
     zo_weights: str = field(default="auto", metadata={"help": "How perturbed weights come to exist: exact, copy, inplace or auto."})
     zo_dropout: bool = field(default=True, metadata={"help": "False switches the Dropout modules off while the loss is measured."})
     zo_clip: float | None = field(default=None, metadata={"help": "Limit of the projected gradient's absolute value; None does not clip."})

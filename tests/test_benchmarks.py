@@ -88,11 +88,11 @@ def test_step_cost_of_adapters(tmp_path: Path) -> None:
 
 def test_noise_speed_runs_without_a_compiler(tmp_path: Path) -> None:
     out = tmp_path / "noise.json"
-    done = script("noise_speed.py", "--numel", "100000", "--rounds", "2", "--json", str(out), ZO_LIGHTNING_COMPILE="0")
+    done = script("noise_speed.py", "--width", "316", "--rounds", "2", "--json", str(out), ZO_LIGHTNING_COMPILE="0")
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     assert result["compiler"] is False
-    assert set(result["times"]) == {"normal_", "normal_ and add_", "rademacher, added", "gaussian, added"}
+    assert {"normal_", "normal_ and add_", "rademacher, added", "gaussian, added", "sphere, added"} < set(result["times"])
 
 
 def test_the_mezo_loop_is_algorithm_1(mezo: Any) -> None:

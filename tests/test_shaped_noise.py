@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_models import mean_square, mlp, regression, same, snapshot
+from engine_models import eagerly, mean_square, mlp, regression, same, snapshot
 from reference import noise as reference
 from torch import Tensor, nn
 
@@ -19,18 +19,18 @@ from zo_lightning.engine.noise import Change, Item, Place, Shaped, apply_changes
 from zo_lightning.engine.parameters import Trained, parameter_key
 from zo_lightning.engine.residency import Offload
 
-KINDS: dict[str, Shaped] = {
-    "sphere": Sphere(),
+SHAPED: dict[str, Shaped] = {
     "low rank": LowRank(),
     "fresh": LowRank(3, refresh=1),
     "orthogonal": LowRank(4, refresh=7, orthogonal=True),
 }
 SHAPES = [(), (1,), (333,), (1, 40), (40, 1), (2, 2), (31, 57), (57, 31), (8, 3, 3, 3), (900, 700), (3, 300_000)]
+KINDS: dict[str, Noise] = {"sphere": Sphere(), **SHAPED}
 each_kind = pytest.mark.parametrize("kind", KINDS)
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
-def twin(noise: Shaped, seed: int, key: int, shape: tuple[int, ...]) -> Tensor:
+def twin(noise: Noise, seed: int, key: int, shape: tuple[int, ...]) -> Tensor:
     """z in float64, of the shape."""
     if isinstance(noise, LowRank):
         values = reference.low_rank(seed, key, shape, noise.rank, noise.refresh, noise.orthogonal)
@@ -57,11 +57,11 @@ def test_values_are_those_of_the_twin(kind: str, shape: tuple[int, ...]) -> None
         assert float((z - twin(noise, seed, key, shape)).abs().max()) <= 3e-5
 
 
-@each_kind
+@pytest.mark.parametrize("kind", SHAPED)
 @each_shape
 def test_any_part_has_the_bits_of_the_whole(kind: str, shape: tuple[int, ...]) -> None:
     """Stretches, single elements in any order, tables of elements, tensors in another layout."""
-    noise = KINDS[kind]
+    noise = SHAPED[kind]
     whole = drawn(noise, 5, 7, shape)
     place, count = Place(7, torch.Size(shape), torch.device("cpu")), whole.numel()
     generator = torch.Generator().manual_seed(0)
@@ -75,6 +75,25 @@ def test_any_part_has_the_bits_of_the_whole(kind: str, shape: tuple[int, ...]) -
     assert torch.equal(strided, whole)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rank", [1, 2, 3, 8])
+def test_compiled_passes_have_the_bits_of_eager_ones(rank: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    bases = [torch.randn(shape, generator=generator).to(dtype) for shape in ((300, 301), (64, 16, 9, 5), (700, 1100))]
+
+    def swept(inside: bool, decay: float) -> list[Tensor]:
+        outs = [base.clone() if inside else torch.empty_like(base) for base in bases]
+        items = [Item(o, o if inside else b, i, decay, (1e-3,)) for i, (o, b) in enumerate(zip(outs, bases, strict=True))]
+        sweep(items, [5], LowRank(rank))
+        return outs
+
+    ways = list(itertools.product((True, False), (1.0, 0.97)))
+    compiled = [swept(*way) for way in ways]
+    eagerly(monkeypatch)
+    for way, outs in zip(ways, compiled, strict=True):
+        assert all(map(torch.equal, outs, swept(*way)))
+
+
 @each_kind
 def test_sums_and_decay_are_those_of_single_terms(kind: str) -> None:
     noise, shape, seeds, c = KINDS[kind], (31, 57), [3, 2**41 + 3, 9], (0.5, -0.25, 2.0)
@@ -82,12 +101,12 @@ def test_sums_and_decay_are_those_of_single_terms(kind: str) -> None:
     out = base.clone()
     sweep([Item(out, out, 7, 0.9, c)], seeds, noise)
     want = 0.9 * base + sum(x * drawn(noise, seed, 7, shape).double() for x, seed in zip(c, seeds, strict=True))
-    assert torch.allclose(out, want, rtol=0, atol=1e-14)
+    assert torch.allclose(out, want, rtol=0, atol=1e-6 if kind == "sphere" else 1e-14)  # z in float32, and that of several terms fused
     several = base.clone()
     steps = tuple((1.0, tuple(x if i == j else 0.0 for i in range(3))) for j, x in enumerate(c))
     changes = [Change(tuple(seeds), (step,), None) for step in steps]
     apply_changes([Trained("a", 7, several, 0, (several,))], changes, noise)
-    assert torch.allclose(several, base + want - 0.9 * base, rtol=0, atol=1e-13)
+    assert torch.allclose(several, base + want - 0.9 * base, rtol=0, atol=1e-6 if kind == "sphere" else 1e-13)
 
 
 def test_bases_are_kept_for_the_steps_of_a_refresh_and_own_factors_are_not() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from zo_lightning.engine.noise import Gaussian, Item, LowRank, Noise, Rademacher, Sphere, sweep
 from zo_lightning.engine.noise.members import Band, Bits, Listed, Lot, Members
 from zo_lightning.engine.noise.region import Region
-from zo_lightning.engine.noise.sweep import SMALL
+from zo_lightning.engine.noise.large import SMALL
 
 Results = list[dict[str, Any]]
 

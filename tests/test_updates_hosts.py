@@ -13,7 +13,7 @@ from lightning_models import HOST_WARNINGS, Recorder, lit, loader, loss_of, net,
 
 from zo_lightning import ZOOptimizer, ZOStrategy
 from zo_lightning.callbacks import TrajectoryLog
-from zo_lightning.engine import Adam, Momentum, TorchOptimizer, UpdateRule
+from zo_lightning.engine import Adam, HiZOO, Momentum, TorchOptimizer, UpdateRule
 from zo_lightning.engine.trajectory import load_base, read_log, verify
 from zo_lightning.hf_integration import ZOConfig, ZOTrainer
 
@@ -23,18 +23,21 @@ RULES: dict[str, str | UpdateRule] = {
     "momentum": Momentum(0.8, window=3),
     "adam": "adam",
     "RMSprop": TorchOptimizer("RMSprop", alpha=0.9),
+    "hizoo": HiZOO(1e-2),
 }
+NOISE = {"hizoo": "gaussian", "momentum": "low_rank(rank=2, refresh=3)", "adam": "sphere"}
+"""Of these rules; others have Rademacher noise."""
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_lightning_makes_the_steps_of_the_plain_loop_and_goes_on_from_a_checkpoint(name: str, tmp_path: Path) -> None:
     model, data = net(), list(loader())
-    optimizer = ZOOptimizer(model, lr=1e-3, update=RULES[name])
+    optimizer = ZOOptimizer(model, lr=1e-3, update=RULES[name], noise=NOISE.get(name, "rademacher"))
     for step in range(10):
         optimizer.step(lambda step=step: loss_of(model, data[step % len(data)]))
     for path, steps in ((None, 10), (None, 4), (tmp_path / "4.ckpt", 10)):
         module = lit()()
-        host = trainer(tmp_path, strategy=ZOStrategy(lr=1e-3, update=RULES[name]), max_steps=steps)
+        host = trainer(tmp_path, strategy=ZOStrategy(lr=1e-3, update=RULES[name], noise=NOISE.get(name, "rademacher")), max_steps=steps)
         host.fit(module, loader(), ckpt_path=path)
         if steps == 4:
             host.save_checkpoint(tmp_path / "4.ckpt")
@@ -46,7 +49,7 @@ def test_lightning_makes_the_steps_of_the_plain_loop_and_goes_on_from_a_checkpoi
 def test_hugging_face_goes_on_from_a_checkpoint(name: str, tmp_path: Path) -> None:
     def run(**given: Any) -> Any:
         saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 8, "gradient_accumulation_steps": 2}
-        host = hf_tools.trainer(tmp_path, bert(), zo_update=RULES[name], zo_lr=1e-3, **saving)
+        host = hf_tools.trainer(tmp_path, bert(), zo_update=RULES[name], zo_noise=NOISE.get(name, "rademacher"), zo_lr=1e-3, **saving)
         host.train(**given)
         return host
 

@@ -68,7 +68,7 @@ class Drawn(NamedTuple):
 
 
 class Noise(ABC):
-    """z[i] = noise(seed, parameter key, shape of the parameter, i), with E z = 0 and E z^2 = 1: `Elementwise` or `Shaped`."""
+    """z[i] = noise(seed, parameter key, shape of the parameter, i), with E z = 0 and E z^2 = 1: `Elementwise`, `Scaled` or `Shaped`."""
 
     name: str
 

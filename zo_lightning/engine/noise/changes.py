@@ -13,10 +13,10 @@ from torch import Tensor
 from zo_lightning.engine.noise.base import Drawn, Elementwise, Noise, compute_dtype
 from zo_lightning.engine.noise.compiling import available
 from zo_lightning.engine.noise.flat import Small, step_flat
-from zo_lightning.engine.noise.large import compiled, flat, large
+from zo_lightning.engine.noise.large import SMALL, compiled, flat, large
 from zo_lightning.engine.noise.members import Listed, Members
 from zo_lightning.engine.noise.region import Region
-from zo_lightning.engine.noise.sweep import SMALL, Item, elements, keys_of, masks_of, packs, sweep, worth
+from zo_lightning.engine.noise.sweep import Item, elements, keys_of, masks_of, packs, sweep, worth
 
 CHUNK = 1 << 21
 """Elements of a large tensor that stay in cache together."""

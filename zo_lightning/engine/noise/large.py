@@ -19,6 +19,8 @@ from zo_lightning.engine.noise.rounding import settle
 if TYPE_CHECKING:
     from zo_lightning.engine.noise.sweep import Item
 
+SMALL = 1 << 15
+"""Tensors of at most this many elements are done together: their noise is generated in one go."""
 PACK = 1 << 19
 """At most so many elements of noise exist at a time."""
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from zo_lightning.engine.messages import check_count, check_flag
-from zo_lightning.engine.noise.base import Stretch
+from zo_lightning.engine.noise.base import Stretch, compute_dtype, constants
+from zo_lightning.engine.noise.compiling import kernel
 from zo_lightning.engine.noise.gaussian import Gaussian
 from zo_lightning.engine.noise.shaped import Place, Shaped, Where
 from zo_lightning.engine.seeds import basis_seed, query_seed, stream
@@ -69,12 +70,42 @@ class LowRank(Shaped):
         whole = _summed([rows[:, k : k + 1] * right[:, k] for k in range(left.shape[1])]).view(-1)
         return whole[where.start - first * width : where.stop - first * width]
 
+    def add(self, out: Tensor, base: Tensor, seed: int, place: Place, decay: float, c: float) -> bool:
+        factors = self.factors(seed, place)
+        if factors is None:
+            return False
+        left, right = factors
+        shape = (len(left), len(right))
+        scalars = constants((decay, c), compute_dtype(base.dtype), base.device)
+        if out.data_ptr() == base.data_ptr():
+            _add_(out.view(shape), left, right.t().contiguous(), scalars)
+        else:
+            _add(out.view(shape), base.view(shape), left, right.t().contiguous(), scalars)
+        return True
+
     def factors(self, seed: int, place: Place) -> tuple[Tensor, Tensor] | None:
         """(A, B) of shapes (m, r) and (n, r), float32, with Z = A B'; None for what is no matrix."""
         shape = place.shape
         if len(shape) < 2 or min(shape[0], math.prod(shape[1:])) < 2:
             return None
         return _factors(self, seed, place.key, shape[0], math.prod(shape[1:]), place.device)
+
+
+def _moved(base: Tensor, left: Tensor, right: Tensor, scalars: Tensor) -> Tensor:
+    z = left[:, :1] * right[0]
+    for k in range(1, left.shape[1]):
+        z = z + left[:, k : k + 1] * right[k]
+    return base.to(scalars.dtype) * scalars[0] + z.to(scalars.dtype) * scalars[1]
+
+
+@kernel
+def _add(out: Tensor, base: Tensor, left: Tensor, right: Tensor, scalars: Tensor) -> None:
+    out.copy_(_moved(base, left, right, scalars))
+
+
+@kernel
+def _add_(out: Tensor, left: Tensor, right: Tensor, scalars: Tensor) -> None:
+    out.copy_(_moved(out, left, right, scalars))
 
 
 @functools.lru_cache(maxsize=256)

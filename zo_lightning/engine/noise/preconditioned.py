@@ -10,6 +10,7 @@ from torch import Tensor
 from zo_lightning.engine.noise.base import Elementwise, Noise
 from zo_lightning.engine.noise.gaussian import Gaussian, exact_normal
 from zo_lightning.engine.noise.shaped import Place, Shaped, Where
+from zo_lightning.engine.noise.sphere import Scaled
 from zo_lightning.engine.seeds import stream
 
 
@@ -40,12 +41,16 @@ class Preconditioned(Shaped):
         return drawn / torch.sqrt(flat[where.start : where.stop] if isinstance(where, range) else flat[where])
 
     def _drawn(self, seed: int, place: Place, where: Where) -> Tensor:
-        if isinstance(self._inner, Shaped):
-            return self._inner.values(seed, place, where)
+        inner = self._inner
+        if isinstance(inner, Shaped):
+            return inner.values(seed, place, where)
+        scale = 1.0
+        if isinstance(inner, Scaled):
+            scale, inner = inner.scale(seed, place.key, place.shape, place.device), inner.inner
         index = torch.arange(where.start, where.stop, device=place.device) if isinstance(where, range) else where
         key = torch.tensor(stream(seed, place.key), dtype=torch.int32).to(place.device)
-        if isinstance(self._inner, Gaussian):
-            return exact_normal(index, key).float()
-        if isinstance(self._inner, Elementwise):
-            return self._inner.at(index, key)
-        raise TypeError(f"{self._inner!r} is neither an Elementwise noise nor a Shaped one.")
+        if isinstance(inner, Gaussian):
+            return exact_normal(index, key).float() * scale
+        if isinstance(inner, Elementwise):
+            return inner.at(index, key) * scale
+        raise TypeError(f"{inner!r} is no Elementwise, Scaled or Shaped noise.")

@@ -13,7 +13,7 @@ from zo_lightning.engine.noise.base import Drawn, Noise, compute_dtype
 from zo_lightning.engine.noise.compiling import available
 from zo_lightning.engine.noise.dither import dither, dither_at
 from zo_lightning.engine.noise.flat import moved, total_of
-from zo_lightning.engine.noise.large import PACK, chunks, combine
+from zo_lightning.engine.noise.large import PACK, SMALL, chunks, combine, flat
 from zo_lightning.engine.noise.members import Listed
 from zo_lightning.engine.noise.places import located, put, take
 from zo_lightning.engine.noise.region import Region
@@ -40,6 +40,13 @@ class Shaped(Noise):
     def values(self, seed: int, place: Place, where: Where) -> Tensor:
         """z of these elements, of the shape of an index or one-dimensional; the same bits however they are asked for."""
 
+    def add(self, out: Tensor, base: Tensor, seed: int, place: Place, decay: float, c: float) -> bool:
+        """out <- decay * base + c * z in one compiled pass over a whole large parameter; False where there is none, and nothing was done.
+
+        `out` and `base`, contiguous, may be the same tensor. Bit for bit the arithmetic of `values`.
+        """
+        return False
+
     def total(self, seeds: Sequence[int], coefficients: Sequence[float], place: Place, where: Where, dtype: torch.dtype) -> Tensor:
         """sum_j c_j z_j in their order, in `dtype`."""
         wide = torch.zeros((), dtype=dtype, device=place.device)
@@ -54,11 +61,20 @@ def shaped(item: Item, seeds: Sequence[int], drawn: Drawn, noise: Shaped) -> Non
         _region(item, seeds, drawn, noise, item.region)
     elif item.rows is not None and item.numel > PACK:
         _rows(item, seeds, drawn, noise, item.rows)
-    else:
+    elif not _fused(item, seeds, drawn, noise):
         for out, base, start in chunks(item.out, item.base, 0):
             total = _total(item, seeds, noise, range(start, start + base.numel())).view(base.shape)
             dithered = dither(drawn.table, [drawn.stretch(0, start, base.numel())]).view(base.shape) if drawn.rounded else None
             combine(item, out, base, total, dithered, None if item.mask is None else item.mask.keep(base, start))
+
+
+def _fused(item: Item, seeds: Sequence[int], drawn: Drawn, noise: Shaped) -> bool:
+    """Whether one compiled pass has done it."""
+    plain = len(seeds) == 1 and item.mask is None and not drawn.rounded
+    if not (plain and item.numel > SMALL and flat(item) and available(item.base.device.type)):
+        return False
+    place = Place(item.key, item.shape, item.base.device)
+    return noise.add(item.out.detach(), item.base.detach(), seeds[0], place, item.decay, item.coefficients[0])
 
 
 def _total(item: Item, seeds: Sequence[int], noise: Shaped, where: Where) -> Tensor:

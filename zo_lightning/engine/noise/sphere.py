@@ -1,47 +1,59 @@
-"""Sphere: directions of one length."""
+"""Noise that is another one times a number for each direction; of this kind is Sphere: directions of one length."""
 
 from __future__ import annotations
 
 import functools
 import math
+from abc import abstractmethod
 
 import torch
-from torch import Tensor
 
-from zo_lightning.engine.noise.gaussian import exact_normal
-from zo_lightning.engine.noise.shaped import Place, Shaped, Where
+from zo_lightning.engine.noise.base import Elementwise, Noise, Stretch, constants
+from zo_lightning.engine.noise.compiling import available
+from zo_lightning.engine.noise.gaussian import HALF, Gaussian
 from zo_lightning.engine.seeds import stream
 
-_PIECE = 1 << 18
+
+class Scaled(Noise):
+    """z = s(seed, parameter key, shape of the parameter) z', for the z' of an elementwise noise, whose kernels then add it."""
+
+    inner: Elementwise
+
+    @abstractmethod
+    def scale(self, seed: int, key: int, shape: torch.Size, device: torch.device) -> float:
+        """s of one parameter."""
 
 
-class Sphere(Shaped):
+class Sphere(Scaled):
     """z of a parameter of n elements is uniform on the sphere of radius sqrt(n): sqrt(n) x / |x|, x standard normal.
 
     Each parameter has a sphere of its own, so that its noise does not depend on what else is trained; all together have the length
     sqrt(d), d the number of weights, as uniform noise on one sphere has, and E z z' is the identity as there. Every direction has the same
     length, which Gaussian noise has only on average: SPSA has the variance (d - 1) |grad L|^2 with it, as with Rademacher noise, and
-    (d + 1) |grad L|^2 with Gaussian noise. A mask takes elements out of z; it makes no smaller sphere. x is computed in float64 and rounded
-    to float32. Its length is that of all of a parameter, for which it is drawn once more.
+    (d + 1) |grad L|^2 with Gaussian noise. A mask takes elements out of z; it makes no smaller sphere. |x| is that of all of a parameter,
+    for which x is drawn once more.
 
     Flaxman et al. 2005 (arXiv cs/0408007), Liu et al. 2018 (arXiv 1805.10367).
     """
 
     name = "sphere"
+    inner = Gaussian()
 
-    def values(self, seed: int, place: Place, where: Where) -> Tensor:
-        index = torch.arange(where.start, where.stop, device=place.device) if isinstance(where, range) else where
-        drawn = exact_normal(index, _key(seed, place.key, place.device)).float()
-        return drawn * _scale(seed, place.key, math.prod(place.shape), place.device)
-
-
-@functools.lru_cache(maxsize=256)
-def _key(seed: int, key: int, device: torch.device) -> Tensor:
-    return torch.tensor(stream(seed, key), dtype=torch.int32).to(device)
+    def scale(self, seed: int, key: int, shape: torch.Size, device: torch.device) -> float:
+        return _scale(seed, key, math.prod(shape), device)
 
 
 @functools.lru_cache(maxsize=1 << 12)
 def _scale(seed: int, key: int, count: int, device: torch.device) -> float:
-    """sqrt(n) / |x|, from a sum in float64."""
-    pieces = [torch.arange(first, min(first + _PIECE, count), device=device) for first in range(0, count, _PIECE)]
-    return math.sqrt(count / math.fsum(exact_normal(piece, _key(seed, key, device)).square().sum().item() for piece in pieces))
+    """sqrt(n) / |x|, from sums in float64."""
+    noise, squares = Gaussian(), []
+    own = torch.tensor([stream(seed, key)], dtype=torch.int32).to(device)
+    for first in range(0, count, 2 * HALF):
+        size = min(2 * HALF, count - first)
+        if available(device.type) and count > HALF:
+            x = torch.zeros(size, device=device)
+            noise.add(x, x, own[0], first, constants((1.0, 1.0), torch.float32, device))
+        else:
+            x = noise.values(own, [Stretch(0, first, size)], torch.float32)
+        squares.append(torch.linalg.vector_norm(x, dtype=torch.float64).item() ** 2)
+    return math.sqrt(count / math.fsum(squares))

@@ -13,16 +13,15 @@ from zo_lightning.engine.noise.base import Drawn, Elementwise, Noise
 from zo_lightning.engine.noise.compiling import available
 from zo_lightning.engine.noise.dither import dither_at
 from zo_lightning.engine.noise.flat import Small, moved, step_flat, total_of
-from zo_lightning.engine.noise.large import PACK, combine, large
+from zo_lightning.engine.noise.large import PACK, SMALL, combine, large
 from zo_lightning.engine.noise.members import Listed, Members
 from zo_lightning.engine.noise.places import located, put, take
 from zo_lightning.engine.noise.region import Region
 from zo_lightning.engine.noise.rounding import rounds
 from zo_lightning.engine.noise.shaped import Shaped, shaped
+from zo_lightning.engine.noise.sphere import Scaled
 from zo_lightning.engine.seeds import stream
 
-SMALL = 1 << 15
-"""Tensors of at most this many elements are done together: their noise is generated in one go."""
 MANY = 1 << 17
 """For so many elements in small tensors alone, kernels are compiled too."""
 
@@ -72,12 +71,25 @@ def sweep(items: Sequence[Item], seeds: Sequence[int], noise: Noise, done: list[
         here = [item for item in items if item.base.device == device and item.base.numel()]
         if isinstance(noise, Elementwise):
             _sweep_device(here, keys_of(here, [(seeds, rounding)], device), noise, device, done)
+        elif isinstance(noise, Scaled):
+            scaled: list[Item] = []
+            try:
+                own = [_scaled(item, seeds, noise, device) for item in here]
+                _sweep_device(own, keys_of(own, [(seeds, rounding)], device), noise.inner, device, scaled)
+            finally:
+                finished = {id(item.out) for item in scaled}
+                done.extend(item for item in here if id(item.out) in finished)
         elif isinstance(noise, Shaped):
             for item, drawn in zip(here, keys_of(here, [((), rounding)], device)[0], strict=True):
                 shaped(item, seeds, drawn, noise)
                 done.append(item)
         else:
-            raise TypeError(f"{noise!r} is neither an Elementwise noise nor a Shaped one.")
+            raise TypeError(f"{noise!r} is no Elementwise, Scaled or Shaped noise.")
+
+
+def _scaled(item: Item, seeds: Sequence[int], noise: Scaled, device: torch.device) -> Item:
+    scales = [noise.scale(seed, item.key, item.shape, device) for seed in seeds]
+    return item._replace(coefficients=tuple(c * s for c, s in zip(item.coefficients, scales, strict=True)))
 
 
 def joins(tensors: Sequence[Tensor], noise: Noise) -> bool:
