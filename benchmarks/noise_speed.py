@@ -18,7 +18,6 @@ from zo_lightning.engine.noise import Noise, as_noise, sweep
 from zo_lightning.engine.noise.compiling import available
 from zo_lightning.engine.noise.sweep import Item
 
-
 NOISES_HERE = (
     "rademacher",
     "gaussian",

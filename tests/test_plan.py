@@ -13,8 +13,10 @@ import torch
 from test_offload import IDS, LABELS, MODELS, loss_of, made, offloaded, train
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, PretrainedConfig
 
+from zo_lightning.engine import TorchOptimizer, UpdateRule, ZOOptimizer
 from zo_lightning.engine.offload.buffers import InBuffers
 from zo_lightning.engine.residency import Exact, Offload
 from zo_lightning.engine.residency.masters import has_master
@@ -59,6 +61,27 @@ def test_bytes_are_those_that_the_engine_counts(kind: str, dtype: torch.dtype) -
     _, copied = train(made(kind, dtype), "copy", 2)
     found = planned(kind, dtype, Machine("cpu", None, 1e12))  # as much as there is with a compiler here, or without
     assert mode(found, "copy").memory["scratch"] == copied.residency.scratch_bytes()  # type: ignore[attr-defined]
+
+
+RULES_TO_PLAN = ["sign", "momentum", "adam", "hizoo", TorchOptimizer("Adafactor"), TorchOptimizer("SGD", momentum=0.9)]
+
+
+@pytest.mark.parametrize("rule", RULES_TO_PLAN, ids=str)
+def test_what_a_rule_keeps_is_what_it_has_after_a_step(rule: str | UpdateRule) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        found = planned("opt", dtype, Machine("cuda", None, 1e12), update=rule)
+        model = made("opt", dtype)
+        optimizer = ZOOptimizer(model, 1e-3, weights="exact", update=rule, noise="gaussian", safeguard=None)
+        optimizer.step(loss_of(model))
+        state = optimizer.state_dict()["zo"]["update"]["state"]
+        kept = sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor))
+        memory = mode(found, "exact").memory
+        assert memory.get("update rule", 0) == kept
+        masters = sum(m.nbytes for m in optimizer.residency.masters._kept.values())
+        assert memory.get("float32 weights" if optimizer.rule.dense else "float32 vectors", 0) == masters
+        streamed = [one.name for one in found.modes if "offload" in one.name]
+        assert streamed == ([] if optimizer.rule.dense else ["offload (CPU memory)", "offload (disk)"])
+        assert found.forward_flops * optimizer.forward_passes == pytest.approx(mode(found, "exact").compute_seconds * 1e12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -15,9 +15,9 @@ from shard_worker import CASES, WORLD, run
 from torch import Tensor
 
 from zo_lightning.engine.noise import Gaussian, Item, LowRank, Noise, Rademacher, Sphere, sweep
+from zo_lightning.engine.noise.large import SMALL
 from zo_lightning.engine.noise.members import Band, Bits, Listed, Lot, Members
 from zo_lightning.engine.noise.region import Region
-from zo_lightning.engine.noise.large import SMALL
 
 Results = list[dict[str, Any]]
 

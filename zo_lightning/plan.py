@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", type=int, default=1, metavar="N", help="rows of a forward pass (default 1)")
     add("--length", type=int, default=512, metavar="N", help="tokens of a row (default 512)")
     add("--queries", type=int, default=1, metavar="N", help="of SPSA: two forward passes each (default 1)")
+    add("--update", default="sgd", metavar="RULE", help="what an estimate does to the weights: sgd, sign, momentum, adam, hizoo")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     add("--task", choices=TASKS, help="default: what the configuration's architecture is for")
     add("--dtype", choices=DTYPES, help="of the weights; default: the configuration's, else float32")
@@ -88,7 +89,8 @@ def planned_of(options: argparse.Namespace) -> tuple[Planned, Plan]:
     config = configuration(options.model, options.set)
     planned = build(config, options.batch, options.length, options.task, DTYPES.get(options.dtype), options.padded)
     machine = _machine(options, planned.dtype, resident_bytes())  # what a run imports is imported now, and nothing was traced yet
-    return planned, plan(planned.model, planned.inputs, planned.forward, machine, options.queries, lockstep=options.lockstep)
+    asked = {"lockstep": options.lockstep, "update": options.update}
+    return planned, plan(planned.model, planned.inputs, planned.forward, machine, options.queries, **asked)
 
 
 def _machine(options: argparse.Namespace, dtype: torch.dtype, process: int | None) -> Machine:

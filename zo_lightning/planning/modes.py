@@ -11,9 +11,12 @@ from typing import Any
 
 from torch import nn
 
+from zo_lightning.engine.estimators import SPSA
 from zo_lightning.engine.noise.compiling import available
 from zo_lightning.engine.offload.buffers import size_class
+from zo_lightning.engine.options import as_rule
 from zo_lightning.engine.residency.offloaded import KEPT
+from zo_lightning.engine.updates import UpdateRule
 from zo_lightning.planning.forward import Forward, Pass, trace
 from zo_lightning.planning.machine import Machine
 from zo_lightning.planning.weights import Weights
@@ -91,16 +94,26 @@ class Plan:
         return min(self.modes, key=lambda mode: mode.peak)
 
 
-def plan(model: nn.Module, inputs: Any, forward: Forward, machine: Machine, queries: int = 1, *, lockstep: bool = LOCKSTEP) -> Plan:
+def plan(
+    model: nn.Module,
+    inputs: Any,
+    forward: Forward,
+    machine: Machine,
+    queries: int = 1,
+    *,
+    lockstep: bool = LOCKSTEP,
+    update: str | UpdateRule = "sgd",
+) -> Plan:
     """Compare the engine's modes for `model`, a module on the meta device in training mode, whose weights have their dtypes.
 
     `inputs` are tensors on the meta device in any nesting, and `forward(model, inputs)` makes one forward pass of a batch and returns the
-    loss: it is run once, without data. A step of SPSA takes `2 * queries` of them. ValueError for a model in which nothing is trained, or
+    loss: it is run once, without data. A step of SPSA takes `2 * queries` of them, and what the rule `update` keeps of the weights counts;
+    with a rule that needs the estimate as a tensor no weights are streamed. ValueError for a model in which nothing is trained, or
     whose forward pass depends on values of tensors.
     """
     weights = Weights(model)
     run = trace(model, inputs, forward, weights.watched, machine.device)
-    found = _Planner(weights, run, machine, 2 * queries, lockstep, inputs).modes()
+    found = _Planner(weights, run, machine, as_rule(update), queries, lockstep, inputs).modes()
     return Plan(
         modes=tuple(found),
         forward_flops=run.flops,
@@ -114,8 +127,9 @@ def plan(model: nn.Module, inputs: Any, forward: Forward, machine: Machine, quer
 
 
 class _Planner:
-    def __init__(self, weights: Weights, run: Pass, machine: Machine, points: int, lockstep: bool, inputs: Any) -> None:
-        self.weights, self.run, self.machine, self.points, self.lockstep = weights, run, machine, points, lockstep
+    def __init__(self, weights: Weights, run: Pass, machine: Machine, rule: UpdateRule, queries: int, lockstep: bool, inputs: Any) -> None:
+        self.weights, self.run, self.machine, self.rule, self.lockstep = weights, run, machine, rule, lockstep
+        self.points = len(rule.measured_by(SPSA(queries)).points(lambda query: query))
         self._scratch = weights.scratch() if machine.on_gpu else weights.touched(inputs)
 
     def modes(self) -> list[Mode]:
@@ -123,7 +137,7 @@ class _Planner:
         kernels = self.machine.on_gpu or available(self.machine.device)
         copied = self.weights.copied(kernels)
         found = [self._resident("exact", self._scratch), self._resident("copy", copied), self._resident("inplace", 0)]
-        if self.weights.parcels:
+        if self.weights.parcels and not self.rule.dense:
             found += [self._to_gpu("CPU memory"), self._to_gpu("disk")] if self.machine.on_gpu else [self._from_disk()]
         return found
 
@@ -133,8 +147,22 @@ class _Planner:
         return {"Python and packages": self.machine.process, "matrix library": MATRIX_LIBRARY, "compiler": COMPILER}
 
     def _resident(self, name: str, scratch: int) -> Mode:
-        memory = {"weights": self.weights.nbytes + self.weights.buffers, "float32 vectors": self.weights.masters, "scratch": scratch}
-        return self._mode(name, f'weights="{name}"', {**memory, **self._activations(self.run.peak)})
+        memory = {"weights": self.weights.nbytes + self.weights.buffers, **self._values(), "scratch": scratch}
+        return self._mode(name, f'weights="{name}"', {**memory, **self._rule(scratch), **self._activations(self.run.peak)})
+
+    def _values(self) -> dict[str, int]:
+        """Float32 values of 16-bit weights."""
+        if not self.rule.dense:
+            return {"float32 vectors": self.weights.masters}
+        return {"float32 weights": sum(4 * p.tensor.numel() for p in self.weights.trained if p.tensor.element_size() == 2)}
+
+    def _rule(self, scratch: int) -> dict[str, int]:
+        """What the rule keeps, and what of its estimate does not fit where activations and scratch were."""
+        if not self.rule.dense:
+            return {}
+        kept = sum(self.rule.state_bytes(p.shape) for p in self.weights.trained)
+        estimate = max(4 * p.tensor.numel() for p in self.weights.trained)
+        return {"update rule": kept, "estimate": max(0, estimate - scratch - self.run.peak)}
 
     def _activations(self, nbytes: int) -> dict[str, int]:
         kept = self.run.kept + min(HOLES, nbytes) + int(HOLES_OF_ACTIVATIONS * nbytes)

@@ -54,6 +54,10 @@ class UpdateRule:
         """The state of a run that has made no step."""
         return RuleState(self)
 
+    def state_bytes(self, shape: Sequence[int]) -> int:
+        """What is kept of a trained tensor of a shape, in bytes."""
+        return 0
+
     def measured_by(self, estimator: Estimator) -> Estimator:
         """The estimator that measures what the rule needs. ValueError where this one can't."""
         return estimator

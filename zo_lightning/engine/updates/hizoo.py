@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,9 @@ class HiZOO(Dense):
             f"Invalid estimator: {estimator!r} with update={self.name!r}, which needs the curvature along each direction. Use "
             "SPSA(queries=n), which evaluates the weights themselves, too, with this rule."
         )
+
+    def state_bytes(self, shape: Sequence[int]) -> int:
+        return 4 * math.prod(shape)
 
     def begin(self) -> DenseState:
         return _State(self)

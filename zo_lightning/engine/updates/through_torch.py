@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,17 @@ class _OfTorch(Dense):
     def made(self, parameter: nn.Parameter) -> torch.optim.Optimizer:
         """The optimizer of one tensor."""
         raise NotImplementedError
+
+    def state_bytes(self, shape: Sequence[int]) -> int:
+        small = [size if size < 64 else 64 + place for place, size in enumerate(shape)]  # a smaller tensor, whose dimensions differ
+        whole = dict(zip(small, shape, strict=True))
+        parameter = nn.Parameter(torch.zeros(small))
+        parameter.grad = torch.ones(small)
+        with torch.inference_mode(False):
+            optimizer = self.made(parameter)
+            optimizer.step()
+        tensors = [value for value in optimizer.state[parameter].values() if isinstance(value, Tensor)]
+        return sum(math.prod(whole.get(size, size) for size in tensor.shape) * tensor.element_size() for tensor in tensors)
 
     def begin(self) -> DenseState:
         return _State(self)
