@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
-from zo_lightning.engine.estimators.base import Displacement, Estimator, T, Term, split
+from zo_lightning.engine.estimators.base import Displacement, Term
+from zo_lightning.engine.estimators.blocks import InBlocks
 from zo_lightning.engine.messages import check_count, check_flag
 
 
 @dataclass(frozen=True)
-class OneSided(Estimator):
+class OneSided(InBlocks):
     """One point a query, and the weights as they are: n + 1 evaluations a step, where SPSA takes 2n for as many directions.
 
     g = 1/n sum_i (L(theta + eps z_i) - L(theta)) / eps z_i, with z_i = z(seed of query i).
@@ -29,22 +30,23 @@ class OneSided(Estimator):
     Args:
         queries: n, the perturbations a step; at least 2 where `normalized`. FZOO uses 8.
         normalized: whether the estimate is divided by sigma.
-        processes: of how many processes with data of their own (parallel="seeds=...") the points are; set by the exchange.
 
     Raises ValueError for other numbers.
     """
 
-    queries: int = 1
     normalized: bool = False
-    processes: int = field(default=1, repr=False)
 
     name = "one_sided"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_flag("normalized", self.normalized)
-        meaning = "the perturbations a step" + (", which need a standard deviation" if self.normalized else "")
-        check_count("queries", self.queries, meaning, least=2 if self.normalized else 1)
-        check_count("processes", self.processes, "the processes with data of their own")
+        if self.normalized:
+            check_count("queries", self.queries, "the perturbations a step, which need a standard deviation", least=2)
+
+    @property
+    def width(self) -> int:
+        return self.queries + 1
 
     @property
     def clips(self) -> bool:  # type: ignore[override]
@@ -54,32 +56,24 @@ class OneSided(Estimator):
     def points(self, seeds: Callable[[int], int]) -> list[Displacement]:
         found: list[Displacement] = []
         for process in range(self.processes):
-            drawn = range(process * self.queries, (process + 1) * self.queries)
-            found += [(), *(((seeds(i), 1.0),) for i in drawn)]
+            found += [(), *(((seeds(i), 1.0),) for i in self.of(process))]
         return found
 
     def terms(self, points: Sequence[Displacement], values: Sequence[float]) -> list[Term]:
         found = []
-        for own, there in zip(self._split(points), self._split(values), strict=True):
+        for own, there in zip(self.blocks(points), self.blocks(values), strict=True):
             here, others = there[0], there[1:]
             sigma = statistics.stdev(others) if self.normalized else 1.0
             for point, value in zip(own[1:], others, strict=True):
-                slope = (value - here) / (self.queries * self.processes * sigma) if sigma > 0 else 0.0
+                slope = (value - here) / (self.count * sigma) if sigma > 0 else 0.0
                 found.append(Term(point[0][0], slope))
         return found
 
     def sides(self, values: Sequence[float]) -> tuple[float, float]:
         """(mean over the points, mean of the values where the weights are)."""
-        blocks = self._split(values)
-        there = sum(v for own in blocks for v in own[1:]) / (self.queries * self.processes)
+        blocks = self.blocks(values)
+        there = sum(v for own in blocks for v in own[1:]) / self.count
         return there, sum(own[0] for own in blocks) / self.processes
 
     def difference(self, values: Sequence[float]) -> float:
-        return max(abs(value - own[0]) for own in self._split(values) for value in own[1:])
-
-    def times(self, processes: int) -> OneSided:
-        return replace(self, processes=processes)
-
-    def _split(self, each: Sequence[T]) -> list[Sequence[T]]:
-        """By process."""
-        return split(each, self.queries + 1)
+        return max(abs(value - own[0]) for own in self.blocks(values) for value in own[1:])
