@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zo_lightning.engine.noise.base import Drawn, Elementwise, compute_dtype, constants
 from zo_lightning.engine.noise.compiling import available
-from zo_lightning.engine.noise.dither import dither
+from zo_lightning.engine.noise.dither import dither, dither_at
 from zo_lightning.engine.noise.flat import moved, total_of
 from zo_lightning.engine.noise.inside import choose_into
 from zo_lightning.engine.noise.region import Part, Region
@@ -49,6 +49,19 @@ def large(item: Item, drawn: Drawn, noise: Elementwise) -> None:
         dithered = dither(drawn.table, where[-1:]).view(base.shape) if drawn.rounded else None
         keep = None if item.mask is None else item.mask.keep(base, start)
         combine(item, out, base, total_of(values, item.coefficients, base), dithered, keep)
+
+
+def some_rows(item: Item, rows: Tensor, drawn: Drawn, total: Callable[[Tensor], Tensor]) -> None:
+    """Some rows of a matrix, for a lookup that reads no others; `total(index)` is the noise of elements."""
+    width = item.base.shape[1]
+    for some in rows.flatten().split(max(1, PACK // 8 // width)):  # there are some ten temporary tensors of this size
+        index = some[:, None] * width + torch.arange(width, device=rows.device)
+        base = item.base[some]
+        out = torch.empty_like(base)
+        dithered = dither_at(index, drawn.rounding) if drawn.rounded else None
+        keep = None if item.mask is None else item.mask.at(index, base)
+        combine(item, out, base, total(index), dithered, keep)
+        item.out[some] = out
 
 
 def flat(item: Item) -> bool:

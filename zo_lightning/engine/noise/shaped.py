@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from zo_lightning.engine.noise.base import Drawn, Noise, compute_dtype
 from zo_lightning.engine.noise.compiling import available
 from zo_lightning.engine.noise.dither import dither, dither_at
 from zo_lightning.engine.noise.flat import moved, total_of
-from zo_lightning.engine.noise.large import PACK, SMALL, chunks, combine, flat
+from zo_lightning.engine.noise.large import PACK, SMALL, chunks, combine, flat, some_rows
 from zo_lightning.engine.noise.members import Listed
 from zo_lightning.engine.noise.places import located, put, take
 from zo_lightning.engine.noise.region import Region
@@ -60,7 +61,7 @@ def shaped(item: Item, seeds: Sequence[int], drawn: Drawn, noise: Shaped) -> Non
     elif item.region is not None:
         _region(item, seeds, drawn, noise, item.region)
     elif item.rows is not None and item.numel > PACK:
-        _rows(item, seeds, drawn, noise, item.rows)
+        some_rows(item, item.rows, drawn, partial(_total, item, seeds, noise))
     elif not _fused(item, seeds, drawn, noise):
         for out, base, start in chunks(item.out, item.base, 0):
             total = _total(item, seeds, noise, range(start, start + base.numel())).view(base.shape)
@@ -108,17 +109,3 @@ def _region(item: Item, seeds: Sequence[int], drawn: Drawn, noise: Shaped, regio
         combine(item, out[part], base[part], _total(item, seeds, noise, index), dithered, keep)
     if out.data_ptr() != item.out.data_ptr():
         item.out.copy_(out.view(item.out.shape))
-
-
-def _rows(item: Item, seeds: Sequence[int], drawn: Drawn, noise: Shaped, rows: Tensor) -> None:
-    """Some rows of a matrix, for a lookup that reads no others."""
-    width = item.base.shape[1]
-    rows = rows.flatten()
-    for some in rows.split(max(1, PACK // width)):
-        index = some[:, None] * width + torch.arange(width, device=rows.device)
-        base = item.base[some]
-        out = torch.empty_like(base)
-        dithered = dither_at(index, drawn.rounding) if drawn.rounded else None
-        keep = None if item.mask is None else item.mask.at(index, base)
-        combine(item, out, base, _total(item, seeds, noise, index), dithered, keep)
-        item.out[some] = out

@@ -13,7 +13,7 @@ from zo_lightning.engine.noise.base import Drawn, Elementwise, Noise
 from zo_lightning.engine.noise.compiling import available
 from zo_lightning.engine.noise.dither import dither_at
 from zo_lightning.engine.noise.flat import Small, moved, step_flat, total_of
-from zo_lightning.engine.noise.large import PACK, SMALL, combine, large
+from zo_lightning.engine.noise.large import PACK, SMALL, large, some_rows
 from zo_lightning.engine.noise.members import Listed, Members
 from zo_lightning.engine.noise.places import located, put, take
 from zo_lightning.engine.noise.region import Region
@@ -161,7 +161,7 @@ def _sweep_device(items: list[Item], keys: list[list[Drawn]], noise: Elementwise
             small.setdefault(item.base.dtype, []).append((item, drawn))
             continue
         if item.rows is not None:
-            _rows(item, item.rows, drawn, noise)
+            some_rows(item, item.rows, drawn, functools.partial(_total_at, item, drawn, noise))
         else:
             large(item, drawn, noise)
         done.append(item)
@@ -245,19 +245,8 @@ def _kept(values: Tensor, mask: Members | None, region: Region | None) -> Tensor
     return mask.keep(values, 0) if region is None else mask.at(region.index(values.device), values)
 
 
-def _rows(item: Item, rows: Tensor, drawn: Drawn, noise: Elementwise) -> None:
-    """Some rows of a matrix, for a lookup that reads no others."""
-    width = item.base.shape[1]
-    rows = rows.flatten()
-    for some in rows.split(max(1, PACK // 8 // width)):  # there are some ten temporary tensors of this size
-        index = some[:, None] * width + torch.arange(width, device=rows.device)
-        base = item.base[some]
-        out = torch.empty_like(base)
-        dithered = dither_at(index, drawn.rounding) if drawn.rounded else None
-        keep = None if item.mask is None else item.mask.at(index, base)
-        total = total_of((noise.at(index, drawn.key(j)) for j in range(drawn.terms)), item.coefficients, base)
-        combine(item, out, base, total, dithered, keep)
-        item.out[some] = out
+def _total_at(item: Item, drawn: Drawn, noise: Elementwise, index: Tensor) -> Tensor:
+    return total_of((noise.at(index, drawn.key(j)) for j in range(drawn.terms)), item.coefficients, item.base)
 
 
 def elements(listed: Sequence[tuple[Item, Drawn]], noise: Elementwise) -> None:
