@@ -12,7 +12,7 @@ from covering import all_pairs, pairs_of, rows
 from engine_models import mlp, regression, same, snapshot
 from torch import nn
 
-from zo_lightning.engine import SPSA, Conservative, ForwardGradient, Momentum, OneSided, RankSGD, TorchOptimizer, ZOOptimizer
+from zo_lightning.engine import SPSA, SVRG, Conservative, ForwardGradient, Momentum, OneSided, RankSGD, TorchOptimizer, ZOOptimizer
 from zo_lightning.engine.estimators import ESTIMATORS
 from zo_lightning.engine.masks import Mask
 from zo_lightning.engine.noise import NOISES
@@ -30,6 +30,7 @@ CHOICES: dict[str, dict[str, Any]] = {
         "normalized": OneSided(3, normalized=True),
         "forward": ForwardGradient(2),
         "conservative": Conservative(),
+        "svrg": SVRG(refresh=3, anchor=1),
         "rank-sgd": RankSGD(4),
         "rank-sgd, search": RankSGD(4, search=2),
     },
@@ -51,6 +52,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "weights": {"exact": "exact", "copy": "copy", "inplace": "inplace", "offload": Offload()},
     "objective": {"loss": None, "score": Score(lambda preds, target: -(preds - target).square().mean().item(), maximize=True)},
     "dtype": {"float32": torch.float32, "bfloat16": torch.bfloat16},
+    "decay": {"no decay": 0.0, "decay": 0.1},
     "clip": {"no clip": None, "clip": 0.5},
 }
 USUAL = {name: next(iter(choices)) for name, choices in CHOICES.items()}
@@ -63,13 +65,17 @@ def refusal(row: Mapping[str, str]) -> str | None:
     estimator, update, weights = (row.get(name, USUAL[name]) for name in ("estimator", "update", "weights"))
     if estimator in TRIES_STEPS and update != "sgd":
         return "Invalid update: .* tries steps along the estimate"
+    if estimator == "svrg" and update in DENSE:
+        return "Invalid update: .* sums of perturbations"
+    if estimator == "svrg" and row.get("decay") == "decay":
+        return "Invalid weight_decay: 0.1 with estimator=SVRG"
     if update in DENSE and weights == "offload":
         return r"Invalid update: .* with weights=Offload"
     if estimator == "forward" and row.get("objective") == "score":
         return "it differentiates the loss"
     if estimator == "forward" and weights == "offload":
         return "tangents of all trained weights"
-    if row.get("clip") == "clip" and estimator in ("normalized", "rank-sgd", "rank-sgd, search"):
+    if row.get("clip") == "clip" and estimator in ("normalized", "svrg", "rank-sgd", "rank-sgd, search"):
         return "Invalid clip: 0.5 with"
     if update in DENSE and weights == "inplace" and row.get("dtype") == "bfloat16":
         return 'Invalid update: .* with weights="inplace" and 16-bit weights'
@@ -84,7 +90,7 @@ REFUSED = [dict(pair) for pair in all_pairs(FACTORS) if refusal(dict(pair))]
 def options(row: Mapping[str, str]) -> dict[str, Any]:
     chosen = {name: CHOICES[name][row.get(name, USUAL[name])] for name in CHOICES}
     del chosen["dtype"]
-    return {**chosen, "lr": 1e-4, "eps": 1e-2, "weight_decay": 0.1, "safeguard": None}
+    return {"weight_decay": chosen.pop("decay"), **chosen, "lr": 1e-4, "eps": 1e-2, "safeguard": None}
 
 
 def model_of(row: Mapping[str, str]) -> nn.Module:

@@ -161,7 +161,7 @@ def test_a_new_mask_begins_without_memory(rule: str) -> None:
         optimizer.step(mean_square(model, data))
         still = sum(int((p == before[name]).sum()) for name, p in model.named_parameters())
         assert still > 100
-        state = optimizer.progress.state_dict()
+        state = optimizer.progress.rule.state_dict()
         if rule == "momentum":
             assert len(state["steps"]) == step % 3 + 1
         else:

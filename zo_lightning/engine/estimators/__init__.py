@@ -1,14 +1,15 @@
 """Estimators: where to evaluate the objective in a step, and what the values mean as terms of a gradient estimate. One file a method."""
 
-from zo_lightning.engine.estimators.base import ADDED, Displacement, Estimator, Term
+from zo_lightning.engine.estimators.base import ADDED, Displacement, Estimator, EstimatorState, Term
 from zo_lightning.engine.estimators.conservative import Conservative
 from zo_lightning.engine.estimators.fitness import FITNESS, centred_ranks, z_scores
 from zo_lightning.engine.estimators.forward_gradient import ForwardGradient
 from zo_lightning.engine.estimators.one_sided import OneSided
 from zo_lightning.engine.estimators.rank_sgd import RankSGD
 from zo_lightning.engine.estimators.spsa import SPSA
+from zo_lightning.engine.estimators.svrg import SVRG
 
-ESTIMATORS: dict[str, type[Estimator]] = {method.name: method for method in (SPSA, OneSided, ForwardGradient, Conservative, RankSGD)}
+ESTIMATORS: dict[str, type[Estimator]] = {method.name: method for method in (SPSA, OneSided, ForwardGradient, Conservative, RankSGD, SVRG)}
 """By the names that `estimator=` and step logs use."""
 
 __all__ = [
@@ -16,9 +17,11 @@ __all__ = [
     "ESTIMATORS",
     "FITNESS",
     "SPSA",
+    "SVRG",
     "Conservative",
     "Displacement",
     "Estimator",
+    "EstimatorState",
     "ForwardGradient",
     "OneSided",
     "RankSGD",
