@@ -423,8 +423,8 @@ class ZOOptimizer(torch.optim.Optimizer):
             if chosen is None:
                 self.masks.made(self.residency.trained)
 
-    def _new_window(self, progress: Progress | None = None) -> Window:
-        points = (progress or self.progress).points(lambda query: query_seed(self.seed, self.steps, query))
+    def _new_window(self) -> Window:
+        points = self.progress.points(lambda query: query_seed(self.seed, self.steps, query))
         return Window(points, [], self.exchange.mine(len(points)))
 
     def _eps_of(self, window: Window) -> list[float]:

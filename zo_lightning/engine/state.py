@@ -114,7 +114,7 @@ def check(optimizer: ZOOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         check_group(group)
     own = _own_window(optimizer, zo["window"])
     if own is not None:
-        optimizer._new_window(progress).load_state_dict(own)
+        optimizer._new_window().load_state_dict(own)
     return {**zo, "window": own, "progress": progress}
 
 
