@@ -133,6 +133,17 @@ def test_micro_batches_are_one_batch(weights: str) -> None:
     assert distance(*ends) < 1e-11
 
 
+def test_batches_that_make_up_the_data_measure_what_the_whole_of_it_would() -> None:
+    model, optimizer = of(SVRG(2, refresh=5, anchor=4))
+    for rows in torch.arange(64).chunk(4):
+        optimizer.step(mean_square(model, (X[rows], Y[rows])))
+    whole = mlp()
+    second = ZOOptimizer(whole, lr=LR, eps=EPS, estimator=SPSA(4))
+    second.step(mean_square(whole, (X, Y)))
+    assert distance(snapshot(model), snapshot(whole)) < 1e-12
+    assert not same(snapshot(model), snapshot(mlp()))
+
+
 def test_steps_that_measure_say_so_and_move_nothing() -> None:
     model, optimizer = of(SVRG(2, refresh=5, anchor=3))
     before, points, rates, moved = snapshot(model), [], [], []
@@ -203,7 +214,7 @@ def test_the_anchor_stays_while_the_weights_move(dtype: torch.dtype, near: float
         steps(model, optimizer, 30)
     assert len(found) == 28
     assert distance(found[-1], begin) < near
-    assert distance(snapshot(model), begin) > 0.3
+    assert distance(snapshot(model), begin) > 0.2
 
 
 def test_in_16_bits_the_anchor_moves_by_the_rounding_of_the_steps_alone() -> None:
@@ -215,7 +226,7 @@ def test_in_16_bits_the_anchor_moves_by_the_rounding_of_the_steps_alone() -> Non
     unit = {name: 2.0 ** (torch.frexp(w.float().abs()).exponent - 8) for name, w in begin.items()}
     far = torch.cat([((found[-1][name].float() - w.float()) / unit[name]).flatten() for name, w in begin.items()])
     moved = torch.cat([((w.detach().float() - begin[name].float()) / unit[name]).flatten() for name, w in model.named_parameters()])
-    assert float(far.square().mean().sqrt()) < 0.5 * math.sqrt(30) < float(moved.square().mean().sqrt()) / 20
+    assert float(far.square().mean().sqrt()) < 0.5 * math.sqrt(30) < float(moved.square().mean().sqrt()) / 10
     assert abs(float(far.mean())) < 4 * float(far.std()) / math.sqrt(len(far))
 
 
@@ -285,15 +296,16 @@ def quadratics(count: int = 8, d: int = 5) -> tuple[np.ndarray, np.ndarray]:
 def test_the_variance_on_a_sum_of_quadratics_is_that_of_theory(away: float) -> None:
     """SPSA(m) with signs z has the variance V(grad L_B(x), m), V(v_B, m) = (d - 1) / m E |v_B|^2 + E |v_B|^2 - |E v_B|^2, and SVRG(n)
 
-        V(grad L_B(x) - grad L_B(x~), n) + V(grad L_B(x~), 2n) / A.
+        V(grad L_B(x) - grad L_B(x~), n) + V(mean of grad L_B(x~) over A batches, 2n).
 
-    Near the anchor that is less than a third of SPSA's with as many evaluations, m = 2n; far from it, more.
+    Near an anchor in the minimum that is less than a third of SPSA's with as many evaluations, m = 2n; far from it, more.
     """
     hessians, centres = quadratics()
     d, count, eps, draws = centres.shape[1], len(centres), 1e-2, 8000
     random = np.random.default_rng(0)
     estimator, settings = SVRG(1, refresh=5, anchor=4), [GroupSettings(1.0, eps, 0.0)]
-    anchor, direction = random.normal(size=d), random.choice([-1.0, 1.0], size=d)
+    anchor = np.linalg.solve(hessians.mean(0), np.einsum("bij,bj->i", hessians, centres) / count)
+    direction = random.choice([-1.0, 1.0], size=d)
     x = anchor + away * direction
     found = []
     for _ in range(draws):
@@ -310,16 +322,39 @@ def test_the_variance_on_a_sum_of_quadratics_is_that_of_theory(away: float) -> N
             state.remember(terms, Change((99,), ((1.0, (away if step == estimator.anchor - 1 else 0.0,)),), None), settings)
         found.append(sum(term.slope / eps * noises[term.seed] for term in terms))
 
-    def spread(each: np.ndarray, directions: int) -> float:
-        squared = float((each**2).sum(1).mean())
-        return (d - 1) * squared / directions + squared - float((each.mean(0) ** 2).sum())
+    def spread(each: np.ndarray, directions: int, averaged: int = 1) -> float:
+        """V, of vectors of which A are averaged before."""
+        mean = float((each.mean(0) ** 2).sum())
+        varying = float((each**2).sum(1).mean() - mean) / averaged
+        return (d - 1) / directions * (mean + varying) + varying
 
     at_x, at_anchor = (np.einsum("bij,bj->bi", hessians, where - centres) for where in (x, anchor))
-    expected = spread(at_x - at_anchor, 1) + spread(at_anchor, 2) / estimator.anchor
+    expected = spread(at_x - at_anchor, 1) + spread(at_anchor, 2, estimator.anchor)
     got = np.array(found)
     assert got.var(0).sum() == pytest.approx(expected, rel=0.06)
     assert (expected < spread(at_x, 2) / 3) == (away < 1)
     assert (np.abs(got.mean(0) - at_x.mean(0)) < 4 * got.std(0, ddof=1) / math.sqrt(draws)).all()
+
+
+def test_with_all_of_the_data_in_an_anchor_it_converges_where_spsa_stays_at_the_noise_of_batches() -> None:
+    """Least squares of 5 weights, 4 batches of 4 rows, as many evaluations."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(16, 5, generator=draw, dtype=torch.float64)
+    y = x.sum(1, keepdim=True) + torch.randn(16, 1, generator=draw, dtype=torch.float64)
+    least = float((x @ torch.linalg.lstsq(x, y).solution - y).square().mean())
+    above = {}
+    for estimator, lr in ((SVRG(1, refresh=8, anchor=4), 3e-2), (SPSA(2), 3e-2), (SPSA(2), 1e-2), (SPSA(2), 3e-3)):
+        torch.manual_seed(1)
+        model = nn.Linear(5, 1, bias=False).double()
+        optimizer = ZOOptimizer(model, lr=lr, eps=1e-3, estimator=estimator, safeguard=None)
+        for step in range(600):
+            rows = slice(step % 4 * 4, step % 4 * 4 + 4)
+            optimizer.step(mean_square(model, (x[rows], y[rows])))
+        with torch.no_grad():
+            above[estimator.name, lr] = float((model(x) - y).square().mean()) - least
+    best = min(far for (name, _), far in above.items() if name == "spsa")
+    assert above["svrg", 3e-2] < 1e-5
+    assert best > 1e-3
 
 
 # ---- masks, other tensors
@@ -378,7 +413,7 @@ def test_other_tensors_within_a_step_are_refused() -> None:
     steps(model, optimizer, 2)
     optimizer.estimate(mean_square(model, batch(2)))
     model[0].weight.requires_grad_(False)
-    with pytest.raises(RuntimeError, match=r"was given up while a step was measured.*Do that between two steps"):
+    with pytest.raises(RuntimeError, match=r"given up while a step was measured.*Do that between two steps"):
         steps(model, optimizer, 1, first=2)
     before = snapshot(model)
     steps(model, optimizer, 1, first=2)
@@ -513,6 +548,27 @@ def test_weights_that_were_changed_by_others_begin_with_another_anchor_in_a_log(
     assert same(snapshot(again), snapshot(model))
     with pytest.raises(ValueError, match="in none of the states"):
         replay(mlp(seed=5), log.path)
+
+
+@pytest.mark.filterwarnings("ignore:Before step:zo_lightning.engine.messages.ZOWarning")
+def test_weights_that_were_changed_within_a_step_are_refused_in_a_log_and_it_goes_on(tmp_path: Path) -> None:
+    model, optimizer = of(SVRG(1, refresh=10, anchor=1), weights="copy")
+    log = Trajectory(tmp_path)
+    log.begin(optimizer)
+    steps(model, optimizer, 2)
+    optimizer.estimate(mean_square(model, batch(2)), weight=0.5)
+    with torch.no_grad():
+        model[0].weight.mul_(0.5)
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match=r"weights were changed by something else, since its first micro-batch.*not made"):
+        steps(model, optimizer, 1, first=3)
+    assert same(snapshot(model), before)
+    steps(model, optimizer, 3, first=3)
+    log.end(optimizer)
+    log.close(optimizer)
+    again = mlp()
+    assert replay(again, log.path) == 5
+    assert same(snapshot(again), snapshot(model))
 
 
 def test_weights_within_an_anchors_steps_are_no_state_to_replay_from(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_lightning.engine import recall, state
-from zo_lightning.engine.advice import NO_DIFFERENCE, NO_LOSS, NOT_TO_EVALUATE_AGAIN, NOTHING_TO_TRAIN, ZERO_STEPS
+from zo_lightning.engine.advice import FORGOTTEN, NO_DIFFERENCE, NO_LOSS, NOT_TO_EVALUATE_AGAIN, NOTHING_TO_TRAIN, ZERO_STEPS
 from zo_lightning.engine.estimators import Estimator, Term
 from zo_lightning.engine.evaluation import Closure, Evaluated, Evaluator, Muted, Task, a_loss
 from zo_lightning.engine.journal import Journal, StepRecord, Unrecorded
@@ -365,6 +365,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.journal.look(self, window.micro_batches, updating=True)
         settings = self._settings(window, plan)
         self.progress.estimator.check(settings)
+        if self.estimator.remembers and self._new_window().points != window.points:
+            raise RuntimeError(FORGOTTEN)
         terms = self.progress.terms(window.points, values) if finite else []
         lengths = self._along(window, plan, terms, settings) if self.estimator.along else []
         made = at_best(self.estimator.along, terms, lengths)

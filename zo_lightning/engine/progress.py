@@ -14,8 +14,7 @@ class Progress:
     """Both are functions of the recorded values and settings of the steps so far: training, catching up and replay step it alike."""
 
     def __init__(self, estimator: Estimator, rule: UpdateRule) -> None:
-        self.rule = rule.begin()
-        self._update = rule.name
+        self.rule, self._rule = rule.begin(), rule
         self.estimate_by(estimator)
 
     def estimate_by(self, estimator: Estimator) -> None:
@@ -45,13 +44,15 @@ class Progress:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps, and of which rule and estimator it is."""
         estimator = {"of": repr(self._estimator), "state": self.estimator.state_dict()}
-        return {"update": {"name": self._update, "state": self.rule.state_dict()}, "estimator": estimator}
+        return {"update": {"name": self._rule.name, "state": self.rule.state_dict()}, "estimator": estimator}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned. ValueError, with nothing changed, where another rule, or estimator, remembers it."""
         update, estimator = state["update"], state["estimator"]
-        if update["name"] != self._update:
-            raise ValueError(f"update={self._update!r}, but the state was saved with update={update['name']!r}. Resume with the same rule.")
+        if update["name"] != self._rule.name:
+            raise ValueError(
+                f"update={self._rule.name!r}, but the state was saved with update={update['name']!r}. Resume with the same rule."
+            )
         if self._estimator.remembers and estimator["state"] and estimator["of"] != repr(self._estimator):
             raise ValueError(
                 f"estimator={self._estimator!r}, but the state was saved between two steps that {estimator['of']} makes together. Resume "

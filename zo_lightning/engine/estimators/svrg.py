@@ -20,21 +20,22 @@ if TYPE_CHECKING:
 class SVRG(Estimator):
     """ZO-SVRG (Liu et al., arXiv 1805.10367), MeZO-SVRG (arXiv 2404.08080): SPSA's estimate, less that at an anchor, plus a mean there.
 
-    A step takes 4n evaluations. The first A of every K steps measure at the anchor theta~, which is where the weights are then, along 2n
-    directions each. The weights stay there until the last of them, so that A batches stand for the papers' full one:
+    A step takes 4n evaluations. The first A of every K steps measure at the anchor theta~, which is where the weights are then, along the
+    same 2n directions w_i, and the weights stay there until the last of them. So A batches are the papers' full one if they make up the
+    data:
 
-        mu = 1/(2 A n) sum_i g_i(theta~; B_i) z_i,        theta moves along mu in step A
+        mu = 1/(2n) sum_i (1/A sum_a g(theta~, w_i; B_a)) w_i,        theta moves along mu in step A
 
     The other K - A steps evaluate both places on one batch B with one noise:
 
-        g = 1/n sum_i (g_i(theta; B) - g_i(theta~; B)) z_i + mu,      g_i(x; B) = (L(x + eps z_i; B) - L(x - eps z_i; B)) / (2 eps)
+        g = 1/n sum_i (g(theta, z_i; B) - g(theta~, z_i; B)) z_i + mu,    g(x, z; B) = (L(x + eps z; B) - L(x - eps z; B)) / (2 eps)
 
     Without the move in step A the first of them would find no difference. The first A - 1 steps have lr 0 in reports and step logs.
 
     There is no copy of the anchor: theta~ = theta - sum_j c_j z(s_j), with all that steps have added since then, so that a point there is a
     list of seeds and multiples as any other. It is where theta was then up to the rounding of weights since (16-bit ones are rounded in
     each step: docs/methods.md); where a mask follows the weights, but for those that crossed its threshold; and but for values that a lower
-    bound has held. An evaluation there draws the noise of up to (2A + K) n directions, an update that of (2A + 1) n.
+    bound has held. An evaluation there draws the noise of up to (K - A + 3) n directions, an update that of 3n.
 
     mu is of one eps, so eps may not change between an anchor and the next; all groups need the same lr / eps**2, and lr may change. Weight
     decay, and rules whose steps are no sums of perturbations (Sign, Adam), can't be taken back. An anchor is given up, and the next step
@@ -100,7 +101,7 @@ class _Anchor(EstimatorState):
         self._steps = 0
         """That were made with this anchor."""
         self._mean: list[Term] = []
-        """mu; until it is complete the terms of each step that measured."""
+        """mu; until it is complete, what the steps that measured have added to it."""
         self._back: dict[int, float] = {}
         """theta~ - theta, as multiples of eps by seed."""
         self._eps: tuple[float, ...] = ()
@@ -136,31 +137,32 @@ class _Anchor(EstimatorState):
             )
 
     def points(self, seeds: Callable[[int], int]) -> list[Displacement]:
-        if not self._stands:
+        if not self._steps:
             return self._estimator.points(seeds)
+        if not self._stands:
+            return self._estimator.points(lambda i: self._mean[i].seed)
         back = tuple(self._back.items())
         drawn = [seeds(i) for i in range(self._estimator.queries)]
         return [((seed, side), *there) for seed in drawn for there in ((), back) for side in (1.0, -1.0)]
 
     def terms(self, points: Sequence[Displacement], values: Sequence[float]) -> list[Term]:
         who = self._estimator
-        both = points[0][0][0] == points[2][0][0]  # a query has points at two places
-        if both != self._stands:
-            raise RuntimeError(
-                f"The anchor of {who} was given up while a step was measured: other tensors are trained, or weights were changed by "
-                "something else, since its first micro-batch. Do that between two steps."
-            )
         if self._stands:
             rows = zip(split(points, 4), split(values, 4), strict=True)
             fresh = [Term(own[0][0][0], ((v[0] - v[1]) - (v[2] - v[3])) / (2 * who.queries)) for own, v in rows]
             return [*fresh, *self._mean]
         own = who.terms(points, values)
-        return own if self.measures else [Term(term.seed, term.slope / who.anchor) for term in (*self._mean, *own)]
+        return own if self.measures else self._with(own)
+
+    def _with(self, own: Sequence[Term]) -> list[Term]:
+        """What was measured so far, and these terms."""
+        before = self._mean or [Term(term.seed, 0.0) for term in own]
+        return [Term(term.seed, so_far.slope + term.slope / self._estimator.anchor) for so_far, term in zip(before, own, strict=True)]
 
     def remember(self, terms: Sequence[Term], change: Change, settings: Sequence[GroupSettings]) -> None:
         self._eps = tuple(group.eps for group in settings)
         if not self._stands:
-            self._mean = [*self._mean, *terms] if self.measures else list(terms)
+            self._mean = self._with(terms) if self.measures else list(terms)
         for seed, c in zip(change.seeds, change.steps[0][1], strict=True):
             if c:
                 self._back[seed] = self._back.get(seed, 0.0) - c / self._eps[0]
