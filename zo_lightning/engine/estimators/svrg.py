@@ -1,4 +1,4 @@
-"""SVRG: variance reduced by an anchor, whose estimate of the gradient was measured on more data and along more directions."""
+"""SVRG: variance reduced by an anchor, at which the gradient was estimated on more data."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class SVRG(Estimator):
     There is no copy of the anchor: theta~ = theta - sum_j c_j z(s_j), with all that steps have added since then, so that a point there is a
     list of seeds and multiples as any other. It is where theta was then up to the rounding of weights since (16-bit ones are rounded in
     each step: docs/methods.md); where a mask follows the weights, but for those that crossed its threshold; and but for values that a lower
-    bound has held. An evaluation there draws the noise of up to (K - A + 3) n directions, an update that of 3n.
+    bound has held. An evaluation there draws the noise of up to (K - A + 1) n + 1 directions, an update that of 3n.
 
     mu is of one eps, so eps may not change between an anchor and the next; all groups need the same lr / eps**2, and lr may change. Weight
     decay, and rules whose steps are no sums of perturbations (Sign, Adam), can't be taken back. An anchor is given up, and the next step
