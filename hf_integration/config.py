@@ -37,9 +37,11 @@ class ZOArguments:
     )
     zo_estimator: str = field(
         default="spsa",
-        metadata={"help": "How the gradient is estimated: spsa, one_sided, curvature, forward_gradient, conservative, rank_sgd."},
+        metadata={"help": "How the gradient is estimated: spsa, one_sided, curvature, forward_gradient, conservative, svrg, rank_sgd."},
     )
-    zo_queries: int = field(default=1, metadata={"help": "Directions measured per step; two forward passes each, one with one_sided."})
+    zo_queries: int = field(
+        default=1, metadata={"help": "Directions measured per step; two forward passes each, one with one_sided, four with svrg."}
+    )
     zo_fitness: str = field(
         default="values",
         metadata={"help": "What the losses of a step are made into before the estimate: values (themselves), ranks or z-scores."},

@@ -15,7 +15,7 @@ from engine_models import regression
 from torch import Tensor, nn
 from torchmetrics.classification import BinaryF1Score
 
-from zo_lightning.engine import SPSA, Conservative, ForwardGradient, Momentum, OneSided, Processes, RankSGD, ZOOptimizer
+from zo_lightning.engine import SPSA, SVRG, Conservative, ForwardGradient, Momentum, OneSided, Processes, RankSGD, ZOOptimizer
 from zo_lightning.engine.objectives import Score
 from zo_lightning.engine.parallel import broadcast_parameters
 
@@ -46,16 +46,20 @@ CASES = {
     "one-sided on two": Case("perturbation=2", {"estimator": OneSided(4)}),
     "conservative on two": Case("perturbation=2", {"estimator": Conservative()}),
     "derivatives on two": Case("perturbation=2", {"estimator": ForwardGradient(3)}, micro=2),
+    "SVRG on two": Case("perturbation=2", {"estimator": SVRG(refresh=3, anchor=1)}, micro=2),
+    "SVRG on two, its anchor on one": Case("perturbation=2", {"estimator": SVRG(2, refresh=4, anchor=2), "weights": "copy"}),
     "momentum on two": Case("perturbation=2", {"update": Momentum(0.8, window=3)}),
     "adam on two, bfloat16": Case("perturbation=2", {"update": "adam"}, dtype=torch.bfloat16),
     "a metric": Case("perturbation=2", {"estimator": SPSA(2)}, metric=True),
     "two queries on four": Case("perturbation=4", {"estimator": SPSA(2)}, world=4),
     "data and sides": Case("data=2,perturbation=2", {"estimator": SPSA(3)}, world=4, micro=2),
+    "data and sides, SVRG": Case("data=2,perturbation=2", {"estimator": SVRG(refresh=3, anchor=1)}, world=4, micro=2),
     "data and sides, a metric": Case("data=2,perturbation=2", {"estimator": SPSA(2)}, world=4, micro=2, metric=True),
     "seeds": Case("seeds=4", world=4),
     "seeds of two queries, and sides": Case("seeds=2,perturbation=2", {"estimator": SPSA(2)}, world=4),
     "one-sided seeds": Case("seeds=4", {"estimator": OneSided(3)}, world=4),
     "derivatives of four seeds": Case("seeds=4", {"estimator": ForwardGradient(2)}, world=4),
+    "SVRG of two seeds, and sides": Case("seeds=2,perturbation=2", {"estimator": SVRG(2, refresh=4, anchor=2)}, world=4),
     "sign of four seeds": Case("seeds=4", {"update": "sign"}, world=4),
     "seeds and data": Case("data=2,seeds=2", world=4),
 }

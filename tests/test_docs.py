@@ -74,6 +74,14 @@ def tables() -> Iterator[None]:
         table.update(rows)  # type: ignore[arg-type]
 
 
+def test_tests_that_pages_name_are_there() -> None:
+    named = {name for page in PAGES for name in re.findall(r"`(tests/[\w/]+\.py::\w+)`", page.read_text())}
+    assert len(named) > 15
+    for name in named:
+        file, _, test = name.partition("::")
+        assert f"\ndef {test}(" in (ROOT / file).read_text(), name
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("tables")
 @pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)], ids=lambda page: page.name)

@@ -14,6 +14,7 @@ from torch import nn
 
 from zo_lightning.engine import (
     SPSA,
+    SVRG,
     Conservative,
     Curvature,
     ForwardGradient,
@@ -43,6 +44,7 @@ CHOICES: dict[str, dict[str, Any]] = {
         "normalized": OneSided(3, normalized=True),
         "forward": ForwardGradient(2),
         "conservative": Conservative(),
+        "svrg": SVRG(refresh=3, anchor=1),
         "rank-sgd": RankSGD(4),
         "rank-sgd, search": RankSGD(4, search=2),
     },
@@ -72,6 +74,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "weights": {"exact": "exact", "copy": "copy", "inplace": "inplace", "offload": Offload()},
     "objective": {"loss": None, "score": Score(lambda preds, target: -(preds - target).square().mean().item(), maximize=True)},
     "dtype": {"float32": torch.float32, "bfloat16": torch.bfloat16},
+    "decay": {"no decay": 0.0, "decay": 0.1},
     "clip": {"no clip": None, "clip": 0.5},
 }
 USUAL = {name: next(iter(choices)) for name, choices in CHOICES.items()}
@@ -88,13 +91,17 @@ def refusal(row: Mapping[str, str]) -> str | None:
         return "Invalid noise: 'rademacher' with update="
     if estimator in TRIES_STEPS and update != "sgd":
         return "Invalid update: .* tries steps along the estimate"
+    if estimator == "svrg" and update in DENSE:
+        return "Invalid update: .* sums of perturbations"
+    if estimator == "svrg" and row.get("decay") == "decay":
+        return "Invalid weight_decay: 0.1 with estimator=SVRG"
     if update in DENSE and weights == "offload":
         return r"Invalid update: .* with weights=Offload"
     if estimator == "forward" and row.get("objective") == "score":
         return "it differentiates the loss"
     if estimator == "forward" and weights == "offload":
         return "tangents of all trained weights"
-    if row.get("clip") == "clip" and estimator in ("normalized", "rank-sgd", "rank-sgd, search"):
+    if row.get("clip") == "clip" and estimator in ("normalized", "svrg", "rank-sgd", "rank-sgd, search"):
         return "Invalid clip: 0.5 with"
     if update in DENSE and weights == "inplace" and row.get("dtype") == "bfloat16":
         return 'Invalid update: .* with weights="inplace" and 16-bit weights'
@@ -110,7 +117,7 @@ def options(row: Mapping[str, str]) -> dict[str, Any]:
     usual = {**USUAL, "noise": "gaussian"} if row.get("update") == "hizoo" else USUAL
     chosen = {name: CHOICES[name][row.get(name, usual[name])] for name in CHOICES}
     del chosen["dtype"]
-    return {**chosen, "lr": 1e-4, "eps": 1e-2, "weight_decay": 0.1, "safeguard": None}
+    return {"weight_decay": chosen.pop("decay"), **chosen, "lr": 1e-3, "eps": 1e-2, "safeguard": None}
 
 
 def model_of(row: Mapping[str, str]) -> nn.Module:

@@ -48,7 +48,7 @@ def reference(steps: int, queries: int, decay: float) -> tuple[Weights, Weights]
 
 
 def hessian(optimizer: ZOOptimizer) -> Weights:
-    saved = optimizer.state_dict()["zo"]["update"]["state"]["hessian"]
+    saved = optimizer.state_dict()["zo"]["progress"]["update"]["state"]["hessian"]
     return {p.name: saved.get(str(p.key), torch.ones(p.shape)) for p in optimizer.residency.trained}
 
 

@@ -16,7 +16,7 @@ from zo_lightning.engine.parallel import as_mesh
 
 Results = dict[int, list[dict[str, Any]]]
 SAME_DATA = [name for name, case in CASES.items() if as_mesh(case.parallel, case.world).streams == 1]
-OTHER_DATA = ["data and sides", "data and sides, a metric"]
+OTHER_DATA = ["data and sides", "data and sides, SVRG", "data and sides, a metric"]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,9 @@ def test_shared_data_are_the_whole_batch(name: str, results: Results) -> None:
         assert torch.allclose(rank["weights"][key], tensor, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["seeds", "seeds of two queries, and sides", "seeds and data", "one-sided seeds"])
+@pytest.mark.parametrize(
+    "name", ["seeds", "seeds of two queries, and sides", "seeds and data", "one-sided seeds", "SVRG of two seeds, and sides"]
+)
 def test_seeds_are_the_mean_over_queries_each_on_its_data(name: str, results: Results) -> None:
     """One process, which evaluates the points of each query on the rows of that query."""
     case = CASES[name]

@@ -73,7 +73,7 @@ def test_what_a_rule_keeps_is_what_it_has_after_a_step(rule: str | UpdateRule) -
         model = made("opt", dtype)
         optimizer = ZOOptimizer(model, 1e-3, weights="exact", update=rule, noise="gaussian", safeguard=None)
         optimizer.step(loss_of(model))
-        state = optimizer.state_dict()["zo"]["update"]["state"]
+        state = optimizer.state_dict()["zo"]["progress"]["update"]["state"]
         kept = sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor))
         memory = mode(found, "exact").memory
         assert memory.get("update rule", 0) == kept

@@ -175,7 +175,7 @@ def test_a_new_mask_begins_without_memory(rule: str) -> None:
         optimizer.step(mean_square(model, data))
         still = sum(int((p == before[name]).sum()) for name, p in model.named_parameters())
         assert still > 100
-        state = optimizer.progress.state_dict()
+        state = optimizer.progress.rule.state_dict()
         if rule == "momentum":
             assert len(state["steps"]) == step % 3 + 1
         else:
@@ -290,7 +290,7 @@ def test_a_shorter_window_takes_over_the_newest_steps() -> None:
         optimizer.step(mean_square(model, data))
     other = ZOOptimizer(mlp(), lr=LR, eps=EPS, update=Momentum(0.5, window=3))
     other.load_state_dict(optimizer.state_dict())
-    kept = [steps["zo"]["update"]["state"]["steps"] for steps in (optimizer.state_dict(), other.state_dict())]
+    kept = [steps["zo"]["progress"]["update"]["state"]["steps"] for steps in (optimizer.state_dict(), other.state_dict())]
     assert kept[1] == kept[0][:3]
 
 
@@ -384,7 +384,7 @@ def test_rules_and_their_names() -> None:
             lambda: trained(TorchOptimizer("Muon"), steps=1),
             r"Invalid update: TorchOptimizer.*Muon.* can't train '3.bias' of shape \(1,\): .*Freeze it, leave it out",
         ),
-        (lambda: trained("sgd", clip=1.0, estimator=OneSided(3, normalized=True)), r"Invalid clip: 1.0 with .* one size whatever"),
+        (lambda: trained("sgd", clip=1.0, estimator=OneSided(3, normalized=True)), r"Invalid clip: 1.0 with .* only together"),
         (lambda: TorchOptimizer("Adam", betas=(0.1, 2.0)), r"torch.optim.Adam can't be used with .*Invalid beta"),
     ],
 )

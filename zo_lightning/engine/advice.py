@@ -26,6 +26,11 @@ NOT_SAVED_HERE = (
     "a first-order optimizer have no use here."
 )
 
+FORGOTTEN = (
+    "What the estimator remembers of earlier steps was given up while a step was measured: other tensors are trained, or weights were "
+    "changed by something else, since its first micro-batch. Do that between two steps. The step was not made."
+)
+
 NOT_TO_EVALUATE_AGAIN = (
     "Micro-batches of this step were measured before a checkpoint was loaded, or by another copy of the optimizer. A line search (search=) "
     "evaluates them again, and they are gone. Resume from a state that was saved between two steps."

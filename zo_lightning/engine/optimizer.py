@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_lightning.engine import recall, state
-from zo_lightning.engine.advice import NO_DIFFERENCE, NO_LOSS, NOT_TO_EVALUATE_AGAIN, NOTHING_TO_TRAIN, ZERO_STEPS
+from zo_lightning.engine.advice import FORGOTTEN, NO_DIFFERENCE, NO_LOSS, NOT_TO_EVALUATE_AGAIN, NOTHING_TO_TRAIN, ZERO_STEPS
 from zo_lightning.engine.estimators import Estimator, Term
 from zo_lightning.engine.evaluation import Closure, Evaluated, Evaluator, Muted, Task, a_loss
 from zo_lightning.engine.journal import Journal, StepRecord, Unrecorded
@@ -37,6 +37,7 @@ from zo_lightning.engine.options import (
 from zo_lightning.engine.parallel import Exchange
 from zo_lightning.engine.parallel.alike import check_mesh, described, digest, sum_of
 from zo_lightning.engine.parameters import Trained, collect, names_of, signature, split_input
+from zo_lightning.engine.progress import Progress
 from zo_lightning.engine.report import Estimate, StepReport, make_report
 from zo_lightning.engine.residency import Masters, Offload, Residency, build_residency
 from zo_lightning.engine.safeguard import Safeguard
@@ -108,7 +109,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.weights, self.seed = weights, seed
         self.rule = as_rule(update, clip)
         self.estimator = self.rule.measured_by(as_estimator(estimator))
-        self.progress = self.rule.begin()
+        self.progress = Progress(self.estimator, self.rule)
         self.safeguard = as_safeguard(safeguard)
         self.max_nonfinite = max_nonfinite
         self._exchange, self._narrow, self._agreed = Exchange(), self.estimator, True
@@ -150,7 +151,7 @@ class ZOOptimizer(torch.optim.Optimizer):
                     group[name] = self.defaults[name]
         if kind.clip is not None and self.rule.clip is None and self.estimator.clips:
             self.rule = replace(self.rule, clip=kind.clip)
-            self.progress = self.rule.begin()
+            self.progress = Progress(self.estimator, self.rule)
             tell_once(f"clip.{kind.name}", f"clip={kind.clip:g}: the bound on projected gradients that {kind.source} has for {kind.name}.")
         if left_out and kind is not WEIGHTS:
             values = ", ".join(f"{name}={self.defaults[name]:g}" for name in sorted(left_out))
@@ -186,10 +187,11 @@ class ZOOptimizer(torch.optim.Optimizer):
     @exchange.setter
     def exchange(self, exchange: Exchange) -> None:
         self.estimator = exchange.widened(self._narrow)
+        self.progress.estimate_by(self.estimator)
         self._exchange, self._window, self._agreed = exchange, None, exchange.world_size == 1
 
     def forget(self) -> None:
-        """Begin again from the weights alone, as a replay does: without float32 masters, and without what the update rule remembers."""
+        """Begin again from the weights alone, as a replay does: without float32 masters, and without what was remembered of steps."""
         self.masters.clear()
         self.progress.clear()
 
@@ -287,8 +289,10 @@ class ZOOptimizer(torch.optim.Optimizer):
             check_mesh(self)
         plan = self.journal.recall(self.steps, updating=False)
         if self._window is None:
-            self._window = self._begin()
-        window = self._window
+            self._begin()
+        if plan is None:  # which may forget: the points of the step come behind it
+            self.journal.look(self, 0 if self._window is None else self._window.micro_batches, updating=False)
+        window = self._window = self._window or self._new_window()
         seed = evaluation_seed(self.seed, self.steps, window.micro_batches, self.exchange.stream)
         observe: Callable[[Any], Any] | None = None
         if (objective := self.objective) is not None:
@@ -302,7 +306,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         if plan is not None:
             return recall.estimate(plan, self.estimator, self._evaluator, task, window, weight)
         task = task._replace(eps=self._eps_of(window))
-        output, losses, samples, here = self._evaluated(task, window)
+        output, losses, samples, here = self._evaluated(task)
         window.micro_batches += 1
         window.moved = window.moved or self._evaluator.buffers.moved
         if self.exchange.mesh.perturbation > 1:
@@ -317,8 +321,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             return Estimate(None, None)
         return Estimate(output, (torch.stack(losses).mean() if here is None else here) * weight)
 
-    def _evaluated(self, task: Task, window: Window) -> Evaluated:
-        self.journal.look(self, window.micro_batches, updating=False)
+    def _evaluated(self, task: Task) -> Evaluated:
         evaluated = self._evaluator.evaluate(task)
         self.journal.remember(self)
         return evaluated
@@ -352,15 +355,20 @@ class ZOOptimizer(torch.optim.Optimizer):
             return None
         if self.exchange.moved if plan is None else plan.traces:
             self.exchange.align(self.module)
-        window = window or self._begin()  # other ranks had data
-        settings = self._settings(window, plan)
-        finite = all(math.isfinite(value) for value in values)
-        terms = self.estimator.terms(window.points, values) if finite else []
-        lengths = self._along(window, plan, terms, settings) if self.estimator.along else []
-        made = at_best(self.estimator.along, terms, lengths)
-        residency = self.residency
+        if window is None:  # other ranks had data
+            self._begin()
+            window = self._new_window()
+        finite, residency = all(math.isfinite(value) for value in values), self.residency
         if not finite:
             residency.restore()
+        self.journal.look(self, window.micro_batches, updating=True)
+        settings = self._settings(window, plan)
+        self.progress.estimator.check(settings)
+        if self.estimator.remembers and self._new_window().points != window.points:
+            raise RuntimeError(FORGOTTEN)
+        terms = self.progress.terms(window.points, values) if finite else []
+        lengths = self._along(window, plan, terms, settings) if self.estimator.along else []
+        made = at_best(self.estimator.along, terms, lengths)
         record = StepRecord(self.steps, (*values, *lengths), tuple(settings), not finite, max(1, window.micro_batches))
         self._record(plan, record, window, residency)
         self.masks.measure(terms, [group.eps for group in settings])
@@ -394,20 +402,18 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     def _record(self, plan: StepRecord | None, record: StepRecord, window: Window, residency: Residency) -> None:
         """Tell the journal, before anything is changed; a step that it knows brings the moves that rounded the weights."""
-        self.journal.look(self, window.micro_batches, updating=True)
         if plan is not None:
             residency.reenact(plan.passes, recall.points_of(plan, self.estimator, self.rule, window.points), recall.eps_of(plan))
         else:
             passes = residency.take_passes()
             self.journal.append(replace(record, passes=passes, traces=window.traces, idle=self._idle))
 
-    def _begin(self) -> Window:
+    def _begin(self) -> None:
         """A step begins."""
         if self.masks.mask is not None and self.masks.due(self.steps, self.residency.trained):
             chosen = self.journal.chosen(self)
             with self.residency.settled() if chosen is None else nullcontext():
                 self._make_masks(chosen)
-        return self._new_window()
 
     def _make_masks(self, chosen: Chosen | None) -> None:
         if self.masks.begin(self.steps, self.residency.trained, self.seed, self.noise, chosen):
@@ -419,7 +425,7 @@ class ZOOptimizer(torch.optim.Optimizer):
                 self.masks.made(self.residency.trained)
 
     def _new_window(self) -> Window:
-        points = self.estimator.points(lambda query: self.noise.seed(self.seed, self.steps, query))
+        points = self.progress.points(lambda query: self.noise.seed(self.seed, self.steps, query))
         return Window(points, [], self.exchange.mine(len(points)))
 
     def _eps_of(self, window: Window) -> list[float]:
@@ -452,7 +458,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         points = candidates(self.estimator.along, terms, self.rule, settings)
         further = Window(points, window.eps, self.exchange.mine(len(points)))
         for task, weight in window.again:
-            again = self._evaluated(task._replace(points=further.own, noticed=False), window)
+            again = self._evaluated(task._replace(points=further.own, noticed=False))
             further.add(again.losses, weight, again.samples if task.observe is not None else [])
         found, _ = self._measured(further, searching=True)
         return tried(found or [])
@@ -485,8 +491,9 @@ class ZOOptimizer(torch.optim.Optimizer):
         return self._settings(self._window or self._new_window(), None)
 
     def _settings(self, window: Window, plan: StepRecord | None) -> list[GroupSettings]:
+        still = self.masks.measures(self.steps) or self.progress.estimator.measures
         own = [
-            GroupSettings(0.0 if self.masks.measures(self.steps) else self._lr(g), e, float(g["weight_decay"]))
+            GroupSettings(0.0 if still else self._lr(g), e, float(g["weight_decay"]))
             for g, e in zip(self.param_groups, self._eps_of(window), strict=True)
         ]
         if plan is None:

@@ -18,7 +18,7 @@ from zo_lightning.engine.parallel import Mesh, mesh_of
 from zo_lightning.engine.residency import WEIGHTS, Offload, Residency
 from zo_lightning.engine.safeguard import Safeguard
 from zo_lightning.engine.tangents import places_of
-from zo_lightning.engine.updates import RULES, SGD, TorchOptimizer, UpdateRule
+from zo_lightning.engine.updates import RULES, SGD, GroupSettings, TorchOptimizer, UpdateRule
 
 if TYPE_CHECKING:
     from zo_lightning.engine.optimizer import ZOOptimizer
@@ -84,6 +84,12 @@ class EngineOptions:
                 f"Invalid estimator: {estimator!r} with weights=Offload(...): tangents of all trained weights are in memory at "
                 "once. Use SPSA()."
             )
+        estimator.begin().check([GroupSettings(self.lr or 0.0, self.eps or 1.0, self.weight_decay or 0.0)])
+        if estimator.remembers and rule.dense:
+            raise ValueError(
+                f"Invalid update: {self.update!r} with estimator={self.estimator!r}, which finds its anchor behind the steps since: they "
+                'have to be sums of perturbations. Use update="sgd" or "momentum", or an estimator without an anchor.'
+            )
         if estimator.along and not isinstance(rule, SGD):
             raise ValueError(
                 f"Invalid update: {self.update!r} with estimator={self.estimator!r}, which tries steps along the estimate before it makes "
@@ -96,8 +102,8 @@ class EngineOptions:
             )
         if rule.clip is not None and not estimator.clips:
             raise ValueError(
-                f"Invalid clip: {rule.clip!r} with estimator={self.estimator!r}, whose terms have one size whatever the gradient is: "
-                "a bound would only spoil their balance. Leave clip out; a smaller lr makes smaller steps."
+                f"Invalid clip: {rule.clip!r} with estimator={self.estimator!r}, whose terms mean something only together: "
+                "a bound on each would spoil that. Leave clip out; a smaller lr makes smaller steps."
             )
         if rule.rescales and isinstance(noise, Rademacher):
             raise ValueError(

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from zo_lightning.engine.advice import NOT_SAVED_HERE
 from zo_lightning.engine.options import check_group
+from zo_lightning.engine.progress import Progress
 from zo_lightning.engine.shards import is_sharded, part, whole
+from zo_lightning.engine.window import Window
 
 if TYPE_CHECKING:
     from zo_lightning.engine.optimizer import ZOOptimizer
@@ -39,7 +41,7 @@ def saved(optimizer: ZOOptimizer) -> dict[str, Any]:
         "idle": optimizer._idle,
         "masters": _whole_masters(optimizer),
         "masks": optimizer.masks.state_dict(),
-        "update": {"name": optimizer.rule.kind, "state": optimizer.progress.state_dict()},
+        "progress": optimizer.progress.state_dict(),
         "window": None if window is None else {**window.state_dict(), "of": _whose(optimizer)},
     }
 
@@ -103,10 +105,8 @@ def check(optimizer: ZOOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"The state has version {zo.get('version')} or is incomplete; this release reads version {VERSION}.")
     if zo["noise"] != optimizer.noise.text:
         raise ValueError(f"noise={optimizer.noise.text!r}, but the state was saved with noise={zo['noise']!r}. Resume with the same noise.")
-    if zo["update"]["name"] != optimizer.rule.kind:
-        raise ValueError(
-            f"update={optimizer.rule.kind!r}, but the state was saved with update={zo['update']['name']!r}. Resume with the same rule."
-        )
+    progress = Progress(optimizer.estimator, optimizer.rule)
+    progress.load_state_dict(zo["progress"])
     there, here = zo["masks"]["mask"], optimizer.masks.mask
     if there != (None if here is None else here.described()):
         before, now = ("no mask" if mask is None else f"the mask {mask}" for mask in (there, None if here is None else here.described()))
@@ -115,7 +115,7 @@ def check(optimizer: ZOOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         check_group(group)
     own = _own_window(optimizer, zo["window"])
     if own is not None:
-        optimizer._new_window().load_state_dict(own)
+        Window(progress.points(lambda query: query), [], range(0)).load_state_dict(own)
     return {**zo, "window": own}
 
 
@@ -127,7 +127,7 @@ def load(optimizer: ZOOptimizer, zo: dict[str, Any]) -> None:
     optimizer._evaluator.count, optimizer._idle = zo["forward_passes"], zo["idle"]
     optimizer.masters.load_state_dict(_own_masters(optimizer, zo["masters"]))
     optimizer.masks.load_state_dict(zo["masks"], {p.key: p.tensor.device for p in optimizer._trained()})
-    optimizer.progress.load_state_dict(zo["update"]["state"])
+    optimizer.progress.load_state_dict(zo["progress"])
     if optimizer.safeguard is not None and zo["safeguard"] is not None:
         optimizer.safeguard.load_state_dict(zo["safeguard"])
     optimizer._window = None if zo["window"] is None else optimizer._new_window()

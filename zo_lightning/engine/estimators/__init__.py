@@ -1,6 +1,6 @@
 """Estimators: where to evaluate the objective in a step, and what the values mean as terms of a gradient estimate. One file a method."""
 
-from zo_lightning.engine.estimators.base import ADDED, Displacement, Estimator, Term
+from zo_lightning.engine.estimators.base import ADDED, Displacement, Estimator, EstimatorState, Term
 from zo_lightning.engine.estimators.conservative import Conservative
 from zo_lightning.engine.estimators.curvature import Curvature
 from zo_lightning.engine.estimators.fitness import FITNESS, centred_ranks, z_scores
@@ -8,9 +8,10 @@ from zo_lightning.engine.estimators.forward_gradient import ForwardGradient
 from zo_lightning.engine.estimators.one_sided import OneSided
 from zo_lightning.engine.estimators.rank_sgd import RankSGD
 from zo_lightning.engine.estimators.spsa import SPSA
+from zo_lightning.engine.estimators.svrg import SVRG
 
 ESTIMATORS: dict[str, type[Estimator]] = {
-    method.name: method for method in (SPSA, OneSided, Curvature, ForwardGradient, Conservative, RankSGD)
+    method.name: method for method in (SPSA, OneSided, Curvature, ForwardGradient, Conservative, RankSGD, SVRG)
 }
 """By the names that `estimator=` and step logs use."""
 
@@ -19,10 +20,12 @@ __all__ = [
     "ESTIMATORS",
     "FITNESS",
     "SPSA",
+    "SVRG",
     "Conservative",
     "Curvature",
     "Displacement",
     "Estimator",
+    "EstimatorState",
     "ForwardGradient",
     "OneSided",
     "RankSGD",

@@ -5,7 +5,11 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+if TYPE_CHECKING:
+    from zo_lightning.engine.noise import Change
+    from zo_lightning.engine.updates import GroupSettings
 
 T = TypeVar("T")
 ADDED = "added"
@@ -27,7 +31,7 @@ class Term(NamedTuple):
 
 
 class Estimator(ABC):
-    """Two pure functions: `points(seeds)` and `terms(points, values)`."""
+    """Two pure functions: `points(seeds)` and `terms(points, values)`. Where earlier steps count, its state has others, as many points."""
 
     name: str
     clips = True
@@ -36,6 +40,12 @@ class Estimator(ABC):
     """Whether points are directions: the value of one is the derivative of the loss along it, in units of eps; that of () is the loss."""
     along: Sequence[float] = ()
     """Lengths of the step that a line search tries, in units of the whole one; their values come behind those of the points."""
+    remembers = False
+    """Whether a step depends on earlier ones, and evaluates the weights of then: behind what steps have added to them since."""
+
+    def begin(self) -> EstimatorState:
+        """The state of a run that has made no step."""
+        return EstimatorState(self)
 
     @abstractmethod
     def points(self, seeds: Callable[[int], int]) -> list[Displacement]:
@@ -66,6 +76,42 @@ class Estimator(ABC):
             f"{self} compares all points of a step with each other, and processes with seeds and data of their own have different losses "
             'at the same point. Use parallel="data=..." or "perturbation=...", or the estimator SPSA().'
         )
+
+
+class EstimatorState:
+    """What an estimator remembers, a function of the steps so far: whoever has their records, rebuilds it. This one remembers nothing."""
+
+    def __init__(self, estimator: Estimator) -> None:
+        self._estimator = estimator
+
+    @property
+    def measures(self) -> bool:
+        """Whether the next step moves nothing: its learning rate is 0, and the update rule does not hear of it."""
+        return False
+
+    def check(self, settings: Sequence[GroupSettings]) -> None:
+        """ValueError, before anything is changed, where a step can't be made with these settings."""
+
+    def points(self, seeds: Callable[[int], int]) -> list[Displacement]:
+        """As of `Estimator`, for the next step."""
+        return self._estimator.points(seeds)
+
+    def terms(self, points: Sequence[Displacement], values: Sequence[float]) -> list[Term]:
+        """As of `Estimator`, for the next step."""
+        return self._estimator.terms(points, values)
+
+    def remember(self, terms: Sequence[Term], change: Change, settings: Sequence[GroupSettings]) -> None:
+        """A step was made: what it was made of, and what it changes."""
+
+    def clear(self) -> None:
+        """Forget all: other weights are trained from now on, or a step log begins."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
 
 
 def split(each: Sequence[T], width: int) -> list[Sequence[T]]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from zo_lightning.engine.estimators import ESTIMATORS
 from zo_lightning.engine.journal import StepRecord
 from zo_lightning.engine.messages import say_once
 from zo_lightning.engine.parameters import Trained
@@ -144,12 +145,12 @@ def locate(target: Target, log: Log, end: int) -> Anchor:
 
 def begins(anchor: Anchor, log: Log) -> bool:
     """Whether steps can be made from an anchor by its weights alone: within a segment, 16-bit tensors have float32 masters beside them, and
-    an update rule may remember earlier steps.
+    an update rule or an estimator may remember earlier steps.
     """
     segment = anchor.segment
-    rule = RULES.get(segment.rule["name"])
+    rule, estimator = RULES.get(segment.rule["name"]), ESTIMATORS.get(segment.estimator["name"])
     masters = segment.rounding == "stochastic" and segment.residency != "inplace"
-    of_more = rule is not None and rule.remembers
+    of_more = any(part is not None and part.remembers for part in (rule, estimator))
     of_more = of_more or (masters and any(entry_has_master(entry, rule is not None and rule.dense) for entry in segment.parameters))
     return isinstance(log.records[anchor.place], Segment) or not of_more
 

@@ -18,12 +18,13 @@ from zo_lightning.engine.noise import Change, Noise, apply_changes
 from zo_lightning.engine.noise.changes import apply_through, moves
 from zo_lightning.engine.noise.compiling import available
 from zo_lightning.engine.parameters import Trained
+from zo_lightning.engine.progress import Progress
 from zo_lightning.engine.recall import points_of
 from zo_lightning.engine.residency import InPlace, Masters
 from zo_lightning.engine.seeds import rounding_seed
 from zo_lightning.engine.signals import held
 from zo_lightning.engine.trajectory.records import Options, Segment
-from zo_lightning.engine.updates import RULES, RuleState, UpdateRule
+from zo_lightning.engine.updates import RULES, UpdateRule
 
 if TYPE_CHECKING:
     from zo_lightning.engine.optimizer import ZOOptimizer
@@ -41,7 +42,7 @@ class Stepper:
         self._estimator: Estimator = build("estimator", ESTIMATORS, segment.estimator)
         self._rule: UpdateRule = build("update rule", RULES, segment.rule)
         self._masters = Masters(every=self._rule.dense)  # which a segment begins from the weights
-        self._progress: RuleState = self._rule.begin()
+        self._progress = Progress(self._estimator, self._rule)
         self._progress.train({p.key for p in trained})
         self._noise = self._progress.noise(noise)
         say_if_not_exact(segment, trained)
@@ -70,7 +71,7 @@ class Stepper:
             optimizer.masks.take(self._masks.chosen)
 
     def _points(self, record: StepRecord) -> list[Displacement]:
-        points = self._estimator.points(lambda query: self._noise.seed(self._segment.seed, record.step, query))
+        points = self._progress.points(lambda query: self._noise.seed(self._segment.seed, record.step, query))
         expected = len(points) + len(self._estimator.along)
         if expected != len(record.values):
             raise ValueError(
@@ -80,7 +81,7 @@ class Stepper:
 
     def _change(self, record: StepRecord) -> Change:
         points, values = self._points(record), record.values
-        terms = self._estimator.terms(points, values[: len(points)])
+        terms = self._progress.terms(points, values[: len(points)])
         made = at_best(self._estimator.along, terms, values[len(points) :])
         rounding = rounding_seed(self._segment.seed, record.step) if self._segment.rounding == "stochastic" else None
         return self._progress.change(made, record.settings, rounding)
