@@ -263,6 +263,7 @@ def grouped(**second: float) -> ZOOptimizer:
 def with_another_eps() -> None:
     model, optimizer = of(SVRG(1, refresh=4, anchor=1))
     steps(model, optimizer, 2)
+    optimizer.load_state_dict(optimizer.state_dict())  # which knows it, too
     optimizer.param_groups[0]["eps"] = 2 * EPS
     before = snapshot(model)
     try:
