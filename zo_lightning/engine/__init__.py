@@ -1,6 +1,7 @@
 """Forward-only optimization in plain PyTorch: the mathematics of zo-lightning, without any host."""
 
 from zo_lightning.engine import first_calls
+from zo_lightning.engine.backprop import Backprop
 from zo_lightning.engine.estimators import SPSA, Conservative, Estimator, ForwardGradient, OneSided, RankSGD, Term
 from zo_lightning.engine.messages import ZOWarning
 from zo_lightning.engine.noise import Gaussian, Noise, Rademacher
@@ -17,6 +18,7 @@ __all__ = [
     "SGD",
     "SPSA",
     "Adam",
+    "Backprop",
     "Conservative",
     "DataParallel",
     "DivergenceError",
