@@ -47,10 +47,12 @@ class Window:
         return [self.points[index] for index in self.mine]
 
     def add(self, losses: list[Tensor], weight: float, samples: list[Any], gradients: Sequence[Tensor] = ()) -> None:
-        """Add weight * loss of every point, its sample where there is an objective, and weight * `gradients`, which are the window's then."""
+        """Add weight * loss of every point, its sample where there is an objective, and weight * `gradients`, which are given away."""
         for gradient in gradients:
             gradient.mul_(weight)
-        self.gradients = [a.add_(b) for a, b in zip(self.gradients, gradients, strict=True)] if self.gradients else list(gradients)
+        self.gradients = (
+            [b.add_(a.to(b.device)) for a, b in zip(self.gradients, gradients, strict=True)] if self.gradients else list(gradients)
+        )
         for own, sample in zip(self.samples, samples, strict=False):
             own.append(sample)
         scaled = [loss * weight for loss in losses]

@@ -76,8 +76,8 @@ class Tail:
             own = next(name for name in _names_of(p, names) if self._fits(name))
             raise ValueError(
                 f"Invalid backprop: {own!r} is tied to {other!r}, which {self._said()} does not fit: they are one parameter. Leave it to "
-                "forward-only training (another pattern), untie them (tie_word_embeddings=False), or let patterns fit both: its gradient then "
-                "takes the activations of all that is between them."
+                "forward-only training (another pattern), untie them (tie_word_embeddings=False), or let patterns fit both: its gradient "
+                "then takes the activations of all that is between them."
             )
         if p.region is not None:
             raise ValueError(f"Invalid backprop: {p.name!r} is sharded, and gradients of shards are not kept here. Leave backprop out.")
