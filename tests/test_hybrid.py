@@ -455,6 +455,28 @@ def test_an_error_leaves_the_weights_where_they_were() -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize("weights", RESIDENCIES)
+def test_a_state_can_be_saved_in_the_middle_of_an_evaluation(weights: str) -> None:
+    """A training step may save a checkpoint; all but the last layers are constants at that moment."""
+    ends = []
+    for saving in (False, True):
+        model, data = mlp(dtype=torch.bfloat16 if weights != "inplace" else torch.float32), regression(torch.float32)
+        optimizer = ZOOptimizer(model, lr=LR, eps=EPS, weights=weights, backprop="3.*")
+        states: list[Any] = []
+
+        def loss(model: Any = model, data: Any = data, optimizer: Any = optimizer, states: Any = states, saving: bool = saving) -> Tensor:
+            value = (model(data[0].to(model[0].weight.dtype)) - data[1]).float().square().mean()
+            if saving:
+                states.append((optimizer.state_dict(), optimizer.residency, optimizer.usual_lr()))
+            return value
+
+        for _ in range(3):
+            optimizer.step(loss)
+        assert all(residency is optimizer.residency for _, residency, _ in states)
+        ends.append(snapshot(model))
+    assert same(*ends)
+
+
 # ---- what is refused
 
 

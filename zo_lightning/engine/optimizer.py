@@ -166,6 +166,8 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     def _trained(self) -> list[Trained]:
         """What is trained forward-only; the rest is the tail's."""
+        if self.tail.recording and self._residency is not None:
+            return self._residency.trained
         every = collect(self.param_groups, self._names)
         if not every:
             raise ValueError(NOTHING_TO_TRAIN)
@@ -219,7 +221,7 @@ class ZOOptimizer(torch.optim.Optimizer):
     def residency(self) -> Residency:
         """How perturbed weights come to exist; decided at the first step, and again when tensors are added, frozen, moved or replaced."""
         before = self._residency
-        if before is not None and not before.retired and self._is_for_these_tensors(before):
+        if before is not None and (self.tail.recording or (not before.retired and self._is_for_these_tensors(before))):
             return before
         trained = self._trained()
         if any(p.tensor._backward_hooks or p.tensor._post_accumulate_grad_hooks for p in trained):
@@ -315,7 +317,6 @@ class ZOOptimizer(torch.optim.Optimizer):
             return recall.estimate(plan, self.estimator, self._evaluator, task, window, weight)
         task = task._replace(eps=self._eps_of(window))
         output, losses, samples, here = self._evaluated(task, window)
-        self.tail.seen(task.graph)
         window.micro_batches += 1
         window.moved = window.moved or self._evaluator.buffers.moved
         if self.exchange.mesh.perturbation > 1:

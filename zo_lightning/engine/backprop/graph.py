@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_map_only
 
 from zo_lightning.engine.estimators import Displacement
+from zo_lightning.engine.messages import tell_once
 from zo_lightning.engine.parameters import Trained
 from zo_lightning.engine.residency import Residency
+
+if TYPE_CHECKING:
+    from zo_lightning.engine.backprop.tail import Tail
 
 Differentiate = Callable[[Any, Callable[[Any], Any]], Any]
 """From what a closure returned, and the function that takes the loss from it, to the same without a graph."""
@@ -41,13 +45,10 @@ NO_GRAPH = NoGraph()
 class Graph(NoGraph):
     """The evaluations of one micro-batch; `sums` are those of dl / dphi over the points that are differentiated, in float32 or wider."""
 
-    def __init__(
-        self, parameters: Sequence[Trained], points: Sequence[Displacement], residency: Residency, module: nn.Module | None, reached: bool
-    ) -> None:
-        self.parameters = parameters
-        self.sums = [torch.zeros_like(p.tensor, dtype=wide(p.tensor.dtype)) for p in parameters]
-        self.reached = reached
-        """Whether a loss was seen to depend on the parameters, in this micro-batch or before."""
+    def __init__(self, tail: Tail, points: Sequence[Displacement], residency: Residency, module: nn.Module | None) -> None:
+        self.parameters = tail.parameters
+        self.sums = [torch.zeros_like(p.tensor, dtype=wide(p.tensor.dtype)) for p in tail.parameters]
+        self._tail = tail
         self._points = differentiated(points)
         self._residency, self._module = residency, module
 
@@ -57,6 +58,7 @@ class Graph(NoGraph):
             yield as_it_is
             return
         constants = self._constants()
+        self._tail.recording = True
         try:
             for tensor in constants:
                 tensor.requires_grad = False
@@ -65,6 +67,7 @@ class Graph(NoGraph):
         finally:
             for tensor in constants:
                 tensor.requires_grad = True
+            self._tail.recording = False
 
     def _constants(self) -> list[Tensor]:
         own = {id(alias) for p in self.parameters for alias in p.aliases}
@@ -77,7 +80,7 @@ class Graph(NoGraph):
             return output
         if isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad:
             self._add(loss)
-        elif not self.reached and not (isinstance(loss, Tensor) and loss.numel() != 1):  # for which there is another message
+        elif not self._tail.reached and not (isinstance(loss, Tensor) and loss.numel() != 1):  # for which there is another message
             raise RuntimeError(_NO_GRADIENT.format(what="was detached" if isinstance(loss, Tensor) else f"is a {type(loss).__name__}"))
         return tree_map_only(Tensor, lambda tensor: tensor.detach() if tensor.requires_grad else tensor, output)
 
@@ -88,8 +91,8 @@ class Graph(NoGraph):
             for gradient in (next(found) for _ in p.aliases):
                 if gradient is not None:
                     total.add_(gradient.to(total.device))
-                    self.reached = True
-        if not self.reached:
+                    self._tail.reached = True
+        if not self._tail.reached:
             raise RuntimeError(_NO_GRADIENT.format(what="does not depend on them"))
 
     def _kept(self) -> saved_tensors_hooks:
@@ -100,6 +103,7 @@ class Graph(NoGraph):
             kept = tensor.detach()
             if not tensor.requires_grad and _storage(tensor) in {_storage(alias) for alias in aliases}:
                 kept = kept.clone()
+                tell_once("backprop.behind", _BEHIND)
             return kept, kept._version
 
         def unpack(packed: tuple[Tensor, int]) -> Tensor:
@@ -128,6 +132,11 @@ def _storage(tensor: Tensor) -> int:
 _NO_GRADIENT = (
     "The loss has no gradient with respect to the parameters of backprop=: it {what}. Return it as the model computed it, with its graph "
     "(no .detach(), .item() or no_grad in the closure), or leave backprop out."
+)
+
+_BEHIND = (
+    "backprop= names layers that are not the last: what is trained forward-only behind them is copied, and activations there are kept, for "
+    "their gradient."
 )
 
 _INPLACE = (

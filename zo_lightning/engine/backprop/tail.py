@@ -30,18 +30,21 @@ class Tail:
         self.parameters: list[Trained] = []
         self._masters = Masters(every=True)
         self._progress = None if backprop is None else backprop.rule.begin()
-        self._reached = False
+        self.reached = False
+        """Whether a loss was seen to depend on them."""
+        self.recording = False
+        """Whether an evaluation runs in which all others are constants (requires_grad=False)."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "parameters": []}  # a copy of the optimizer looks them up among its own
+        return {**vars(self), "parameters": [], "recording": False}  # a copy of the optimizer looks them up among its own
 
     # ---- which
 
     def taken_from(self, trained: Sequence[Trained], names: Mapping[int, Sequence[str]]) -> list[Trained]:
         """Keep those whose names fit, return the others. `names` has all of every parameter, trained or not, by id.
 
-        ValueError where a pattern fits nothing that is trained, where nothing else is left, and for a parameter that is tied to one that
-        does not fit, that is sharded or a `Scale`.
+        ValueError where a pattern fits nothing that is trained, where nothing else is left, for a parameter that is tied to one that does
+        not fit or is a `Scale`, and for sharded models.
         """
         if self.backprop is None:
             return list(trained)
@@ -52,6 +55,12 @@ class Tail:
             raise ValueError(
                 f"Invalid backprop: {self._said()} fits all that is trained, so that nothing is left to train forward-only. Use fewer "
                 "patterns, or a first-order optimizer for everything."
+            )
+        sharded = next((p.name for p in trained if p.region is not None), None)
+        if sharded is not None:
+            raise ValueError(
+                f"Invalid backprop: {self._said()} with a sharded model ({sharded!r} is in shards), whose gradients are not gathered here. "
+                "Leave backprop out, or use processes that have the whole model each."
             )
         for p in own:
             self._check(p, names)
@@ -79,8 +88,6 @@ class Tail:
                 "forward-only training (another pattern), untie them (tie_word_embeddings=False), or let patterns fit both: its gradient "
                 "then takes the activations of all that is between them."
             )
-        if p.region is not None:
-            raise ValueError(f"Invalid backprop: {p.name!r} is sharded, and gradients of shards are not kept here. Leave backprop out.")
         if any(isinstance(alias, Scale) for alias in p.aliases):
             raise ValueError(f"Invalid backprop: {p.name!r} is the scale of quantized weights, which is trained forward-only.")
 
@@ -94,11 +101,7 @@ class Tail:
 
     def graph(self, window: Window, residency: Residency, module: nn.Module | None) -> NoGraph:
         """For the evaluations of a micro-batch."""
-        return Graph(self.parameters, window.points, residency, module, self._reached) if self.parameters else NO_GRAPH
-
-    def seen(self, graph: NoGraph) -> None:
-        """The evaluations were made."""
-        self._reached = self._reached or getattr(graph, "reached", False)
+        return Graph(self, window.points, residency, module) if self.parameters else NO_GRAPH
 
     def gradients(self, window: Window, exchange: Exchange) -> list[Tensor]:
         """G of each parameter, the same on every rank: the mean over points, and over ranks as that of the losses is."""
@@ -144,7 +147,7 @@ class Tail:
         if self.backprop is None or self._progress is None:
             return None
         of = {"patterns": list(self.backprop.patterns), "optimizer": self.backprop.rule.optimizer}
-        return {"of": of, "state": self._progress.state_dict(), "masters": self._masters.state_dict(), "reached": self._reached}
+        return {"of": of, "state": self._progress.state_dict(), "masters": self._masters.state_dict(), "reached": self.reached}
 
     def check_state(self, state: dict[str, Any] | None) -> None:
         """ValueError for the state of others."""
@@ -160,7 +163,7 @@ class Tail:
         if state is not None and self._progress is not None:
             self._progress.load_state_dict(state["state"])
             self._masters.load_state_dict(state["masters"])
-            self._reached = state["reached"]
+            self.reached = state["reached"]
 
     def forget(self) -> None:
         """Begin again from the parameters alone."""
