@@ -28,16 +28,10 @@ LAST = (0, 1, 2)
 def build(blocks: int, width: int, vocabulary: int, length: int) -> nn.Module:
     """An OPT with a head of its own and without dropout; the same weights each time."""
     torch.manual_seed(0)
-    shape = {
-        "num_hidden_layers": blocks,
-        "hidden_size": width,
-        "word_embed_proj_dim": width,
-        "ffn_dim": 4 * width,
-        "vocab_size": vocabulary,
-    }
-    heads = {"num_attention_heads": max(1, width // 64), "max_position_embeddings": length}
-    config = OPTConfig(**shape, **heads, dropout=0.0, attention_dropout=0.0, tie_word_embeddings=False)
-    return OPTForCausalLM(config).train()
+    shape: Any = {"num_hidden_layers": blocks, "hidden_size": width, "word_embed_proj_dim": width, "ffn_dim": 4 * width}
+    rest: Any = {"vocab_size": vocabulary, "num_attention_heads": max(1, width // 64), "max_position_embeddings": length}
+    model: nn.Module = OPTForCausalLM(OPTConfig(**shape, **rest, dropout=0.0, attention_dropout=0.0, tie_word_embeddings=False))
+    return model.train()
 
 
 def patterns(model: nn.Module, last: int) -> list[str]:
@@ -56,7 +50,7 @@ def stepper(model: nn.Module, loss: Callable[[], Tensor], last: int | None) -> C
     adam = torch.optim.AdamW(model.parameters(), lr=1e-7)
 
     def step() -> None:
-        loss().backward()  # type: ignore[no-untyped-call]
+        loss().backward()
         adam.step()
         adam.zero_grad()
 
