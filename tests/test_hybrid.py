@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from zo_lightning.engine import SPSA, Backprop, Conservative, ForwardGradient, OneSided, RankSGD, ZOOptimizer
+from zo_lightning.engine import SPSA, Backprop, Conservative, ForwardGradient, OneSided, RankSGD, ZOOptimizer, ZOWarning
 from zo_lightning.engine.masks import Mask, Sensitive
 from zo_lightning.engine.objectives import Score
 from zo_lightning.engine.residency import Offload
@@ -232,6 +232,20 @@ def test_activations_are_kept_from_the_last_layers_on() -> None:
     assert none == 0
     assert 1.7 * last < two < 2.1 * last
     assert first > 2.5 * two
+
+
+def test_a_gradient_of_something_else_is_said_for_its_memory() -> None:
+    """transformers' enable_input_require_grads() does this."""
+
+    def make() -> nn.Module:
+        model = language_model()
+        model.embed.register_forward_hook(lambda module, args, output: output.requires_grad_(True))  # type: ignore[union-attr]
+        return model
+
+    few = saved(language_model, next_token, backprop="blocks.1.*")
+    with pytest.warns(ZOWarning, match=r"requires a gradient and is no parameter of backprop=.*disable_input_require_grads"):
+        many = saved(make, next_token, backprop="blocks.1.*")
+    assert many > 1.5 * few
 
 
 class Checkpointed(nn.Module):

@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_map_only
 
 from zo_lightning.engine.estimators import Displacement
-from zo_lightning.engine.messages import tell_once
+from zo_lightning.engine.messages import say_once, tell_once
 from zo_lightning.engine.parameters import Trained
 from zo_lightning.engine.residency import Residency
 
@@ -86,6 +86,7 @@ class Graph(NoGraph):
 
     def _add(self, loss: Tensor) -> None:
         aliases = [alias for p in self.parameters for alias in p.aliases]
+        first = not self._tail.reached
         found = iter(torch.autograd.grad(loss.reshape(()), aliases, allow_unused=True))
         for p, total in zip(self.parameters, self.sums, strict=True):
             for gradient in (next(found) for _ in p.aliases):
@@ -94,6 +95,8 @@ class Graph(NoGraph):
                     self._tail.reached = True
         if not self._tail.reached:
             raise RuntimeError(_NO_GRADIENT.format(what="does not depend on them"))
+        if first and _others_in(loss, {id(alias) for alias in aliases}):
+            say_once("backprop.others", _OTHERS)
 
     def _kept(self) -> saved_tensors_hooks:
         """Weights that are only there while their module runs are copied where the gradient will need them: those behind phi."""
@@ -125,6 +128,21 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def _others_in(loss: Tensor, own: set[int]) -> bool:
+    """Whether the graph has leaves beside those."""
+    seen: set[Any] = set()
+    stack: list[Any] = [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable") and id(node.variable) not in own:
+            return True
+        stack.extend(following for following, _ in node.next_functions)
+    return False
+
+
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided and not tensor.is_meta else 0
 
@@ -137,6 +155,12 @@ _NO_GRADIENT = (
 _BEHIND = (
     "backprop= names layers that are not the last: what is trained forward-only behind them is copied, and activations there are kept, for "
     "their gradient."
+)
+
+_OTHERS = (
+    "The loss depends on a tensor that requires a gradient and is no parameter of backprop=, so that the activations between it and the "
+    "loss are kept for nothing. Of a transformers model with enable_input_require_grads() it is the embedding: call "
+    "model.disable_input_require_grads()."
 )
 
 _INPLACE = (
