@@ -57,6 +57,13 @@ class ZOArguments:
         default=None,
         metadata={"help": "How processes share the work: data=4, perturbation=2, data=4,perturbation=2 or seeds=4; None is data."},
     )
+    zo_backprop: str | None = field(
+        default=None,
+        metadata={"help": "Patterns of names, with spaces between them ('classifier* *.layer.11.*'): trained by backpropagation."},
+    )
+    zo_backprop_lr: float | None = field(
+        default=None, metadata={"help": "Learning rate of what zo_backprop names, by AdamW; None is 1e-4."}
+    )
     zo_max_nonfinite: int = field(default=20, metadata={"help": "Consecutive steps with a non-finite loss, each skipped, before an error."})
 
     def __post_init__(self) -> None:

@@ -14,7 +14,8 @@ from zo_lightning.hf_integration.config import ZOArguments
 from zo_lightning.hf_integration.optim_name import NAME
 
 _USELESS = {
-    "max_grad_norm": "there is no gradient whose norm could be clipped; zo_clip limits the projected gradient",
+    "max_grad_norm": "there is no gradient whose norm could be clipped; zo_clip limits the projected gradient, Backprop(max_norm=...) the "
+    "gradient of zo_backprop",
     "adam_beta1": "the update has no moments",
     "adam_beta2": "the update has no moments",
     "adam_epsilon": "the update has no moments; the size of the perturbation is zo_eps",

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from zo_lightning.engine.backprop import Backprop
 from zo_lightning.engine.estimators import ESTIMATORS
 from zo_lightning.engine.messages import choose
 from zo_lightning.engine.options import EngineOptions
@@ -13,10 +14,14 @@ from zo_lightning.engine.options import EngineOptions
 PREFIX = "zo_"
 OF_ESTIMATOR: dict[str, Any] = {"queries": 1, "fitness": "values"}
 """Options of the estimator that is named, and their defaults."""
-NAMES = (*(f.name for f in dataclasses.fields(EngineOptions) if f.name not in ("mask", "objective")), *OF_ESTIMATOR)
+BACKPROP_LR = "backprop_lr"
+"""Beside "backprop"."""
+NAMES = (*(f.name for f in dataclasses.fields(EngineOptions) if f.name not in ("mask", "objective")), *OF_ESTIMATOR, BACKPROP_LR)
 _TRUE, _FALSE, _NONE = ("true", "1", "yes"), ("false", "0", "no"), ("none", "null", "")
 _READ = {"lr": float, "weight_decay": float, "eps": float, "clip": float, "seed": int, "max_nonfinite": int}
-_READ["queries"] = int
+_READ |= {"queries": int, BACKPROP_LR: float}
+
+_WITHOUT = {True: "names no parameters", False: "has one of its own"}
 
 
 def take_options(keywords: dict[str, Any]) -> dict[str, Any]:
@@ -86,6 +91,12 @@ def engine_options(args: object, keywords: Mapping[str, Any] | None = None, fiel
         given["estimator"] = kind(**{name: value for name, value in own.items() if name in takes})
     elif idle := differing(own):
         raise ValueError(f"zo_{idle[0]}={own[idle[0]]!r} does nothing beside zo_estimator={estimator!r}: give it to the object.")
+    lr = given.pop(BACKPROP_LR, None)
+    if lr is not None:
+        patterns = given.get("backprop")
+        if patterns is None or isinstance(patterns, Backprop):
+            raise ValueError(f"zo_{BACKPROP_LR}={lr!r} does nothing beside zo_backprop={patterns!r}, which {_WITHOUT[patterns is None]}.")
+        given["backprop"] = Backprop(patterns, lr=lr)
     options = EngineOptions(**given)
     options.validate()
     return options

@@ -253,9 +253,9 @@ class ZOTrainerMixin(QuantizedMixin, ShardedMixin):
                 return {}
             seen = nullcontext(_as_it_is) if objective is None else observed(self, prepared, objective)
             with self._zo_no_backward(self.accelerator), seen as read:
-                output = read(step(model, copy.copy(prepared), num_items_in_batch))
+                detached = step(model, copy.copy(prepared), num_items_in_batch)
                 loss = self._zo_no_backward.take()
-                return loss if self.zo_optimizer.estimator.tangents else output
+                return read(loss if self.zo_optimizer.differentiates else detached)
 
         loss = self.zo_optimizer.estimate(
             state.closure(evaluate),

@@ -15,6 +15,7 @@ from scissors import Scissors
 from torchmetrics.classification import MulticlassF1Score
 
 from zo_lightning.callbacks import GenerationObjective, MetricObjective, RankingObjective
+from zo_lightning.engine import Backprop
 
 CASES = {
     "classes": {},
@@ -22,6 +23,7 @@ CASES = {
     "f1": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
     "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
     "ranked": {},
+    "hybrid": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
     "generated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
 }
 
@@ -57,6 +59,8 @@ def build(name: str, folder: Path, seed: int, size: int, **given: Any) -> Any:
     if name == "ranked":
         objective = RankingObjective(given.pop("oracle", None) or Oracle(), samples=4, top=2)
         given = {"zo_eps": 0.1, "learning_rate": 1e-2, **given, "callbacks": [objective, *given.get("callbacks", ())]}
+    if name == "hybrid":
+        given = {"zo_backprop": Backprop("classifier*", lr=1e-2), **given}
     if name == "f1":
         given = {
             "zo_eps": 0.1,

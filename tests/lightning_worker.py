@@ -19,6 +19,7 @@ from torchmetrics.classification import MulticlassF1Score
 
 from zo_lightning import ZODDPStrategy, ZOStrategy
 from zo_lightning.callbacks import MetricObjective, RankingObjective
+from zo_lightning.engine import Backprop
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {"batch_size": 4},
@@ -27,6 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     "buffers": {"batch_size": 4},
     "f1": {"batch_size": 1, "accumulate_grad_batches": 4},
     "ranked": {"batch_size": 2, "accumulate_grad_batches": 2},
+    "hybrid": {"batch_size": 2, "accumulate_grad_batches": 2},
 }
 
 
@@ -101,6 +103,8 @@ def host_of(case: str, folder: Path, callbacks: list[Any], oracle: Oracle | None
         objective = MetricObjective(MulticlassF1Score(2)) if case == "f1" else RankingObjective(oracle or Oracle(), samples=4, top=2)
         options["strategy"] = (ZODDPStrategy if "devices" in options else ZOStrategy)(eps=0.3, lr=0.1)
         callbacks = [objective, *callbacks]
+    if case == "hybrid":
+        options["strategy"] = (ZODDPStrategy if "devices" in options else ZOStrategy)(backprop=Backprop("2.*", lr=1e-2))
     return trainer(folder, CASES[case].get("name", NAMES[0]), callbacks=callbacks, num_sanity_val_steps=0, **given, **options)
 
 

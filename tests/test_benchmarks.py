@@ -173,3 +173,16 @@ def test_what_is_learned_is_written_and_not_made_again(name: str, arguments: lis
     assert 0.3 < run["accuracy"] < 0.7
     assert found[0]["summary"][0]["accuracy"] == run["accuracy"]
     assert found[1]["runs"] == [run]
+
+
+def test_hybrid_memory_lies_between_forward_only_and_backpropagation(tmp_path: Path) -> None:
+    out = tmp_path / "hybrid.json"
+    tiny = "--blocks 6 --width 64 --vocabulary 100 --batch 4 --length 64 --rounds 1".split()
+    done = script("hybrid_memory.py", *tiny, "--json", str(out))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["method"] for row in rows] == ["forward-only", "hybrid, last 1 and head", "hybrid, last 2 and head", "AdamW"]
+    for name in ("peak_mb", "kept_mb", "backprop_mb"):
+        values = [row[name] for row in rows]
+        assert values == sorted(values), name
+        assert len(set(values)) == 4

@@ -1,6 +1,7 @@
 """Forward-only optimization in plain PyTorch: the mathematics of zo-lightning, without any host."""
 
 from zo_lightning.engine import first_calls
+from zo_lightning.engine.backprop import Backprop
 from zo_lightning.engine.estimators import SPSA, SVRG, Conservative, Curvature, Estimator, ForwardGradient, OneSided, RankSGD, Term
 from zo_lightning.engine.messages import ZOWarning
 from zo_lightning.engine.noise import Gaussian, LowRank, Noise, Rademacher, Sphere
@@ -18,6 +19,7 @@ __all__ = [
     "SPSA",
     "SVRG",
     "Adam",
+    "Backprop",
     "Conservative",
     "Curvature",
     "DataParallel",

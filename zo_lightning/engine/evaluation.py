@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from zo_lightning.engine.backprop.graph import NO_GRAPH, NoGraph
 from zo_lightning.engine.buffers import Buffers
 from zo_lightning.engine.estimators import Displacement
 from zo_lightning.engine.lockstep import Lockstep, Remember, abreast
@@ -41,6 +42,8 @@ class Task(NamedTuple):
     """Whether points are directions along which the loss is differentiated; the loss itself is the value of ()."""
     noticed: bool = True
     """Whether the first evaluation is outside of `muted` and leaves the buffers as it made them."""
+    graph: NoGraph = NO_GRAPH
+    """What differentiates the loss with respect to the last layers."""
 
     @property
     def evaluations(self) -> int:
@@ -140,7 +143,7 @@ class Evaluator:
                 unnoticed = index == (0 if task.remember is None else 1)  # all that it left behind is put back, if anything is
                 watched = self._lockstep.watched(task.residency, task.remember) if unnoticed else nullcontext()
                 with watched, task.residency.at(point, task.eps), task.around(index):
-                    output, sample = self._one(task, host)
+                    output, sample = self._one(task, host, point)
                 self.count += 1
                 if index == 0:
                     first = output
@@ -188,14 +191,16 @@ class Evaluator:
                 self.buffers.rewind()
         return Evaluated(first, [loss for loss in losses if loss is not None], [], here)
 
-    def _one(self, task: Task, host: HostState) -> tuple[Any, Any]:
-        """(what the closure returned, its sample)."""
+    def _one(self, task: Task, host: HostState, point: Displacement | None = None) -> tuple[Any, Any]:
+        """(what the closure returned, its sample); of a `point` of the estimate, also what `task.graph` asks."""
         host.seed(task.seed)
         torch.clear_autocast_cache()  # autocast keeps cast weights; the second evaluation would see those of the first
-        before = [_grad_of(p.aliases[0]) for p in task.residency.trained]
+        watched = [*task.residency.trained, *task.graph.parameters]
+        before = [_grad_of(p.aliases[0]) for p in watched]
         try:
             with interruptible():
-                output = task.closure()
+                with task.graph.recording(point) as differentiate:
+                    output = differentiate(task.closure(), task.loss_of)
                 sample = None if task.observe is None or output is None else task.observe(output)
         except RuntimeError as error:
             if "does not require grad and does not have a grad_fn" in str(error):
@@ -203,7 +208,7 @@ class Evaluator:
             raise
         finally:
             torch.clear_autocast_cache()
-        if any(_grad_of(p.aliases[0]) not in ((0, 0), old) for p, old in zip(task.residency.trained, before, strict=True)):
+        if any(_grad_of(p.aliases[0]) not in ((0, 0), old) for p, old in zip(watched, before, strict=True)):
             raise RuntimeError(_BACKWARD)
         return output, sample
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from zo_lightning.engine import recall, state
 from zo_lightning.engine.advice import FORGOTTEN, NO_DIFFERENCE, NO_LOSS, NOT_TO_EVALUATE_AGAIN, NOTHING_TO_TRAIN, ZERO_STEPS
+from zo_lightning.engine.backprop import NO_GRAPH, Backprop, Tail, as_backprop
 from zo_lightning.engine.estimators import Estimator, Term
 from zo_lightning.engine.evaluation import Closure, Evaluated, Evaluator, Muted, Task, a_loss
 from zo_lightning.engine.journal import Journal, StepRecord, Unrecorded
@@ -36,7 +37,7 @@ from zo_lightning.engine.options import (
 )
 from zo_lightning.engine.parallel import Exchange
 from zo_lightning.engine.parallel.alike import check_mesh, described, digest, sum_of
-from zo_lightning.engine.parameters import Trained, collect, names_of, signature, split_input
+from zo_lightning.engine.parameters import Trained, collect, every_name_of, names_of, signature, split_input
 from zo_lightning.engine.progress import Progress
 from zo_lightning.engine.report import Estimate, StepReport, make_report
 from zo_lightning.engine.residency import Masters, Offload, Residency, build_residency
@@ -71,6 +72,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         max_nonfinite: consecutive steps with a non-finite loss before FloatingPointError; such steps are skipped and counted.
         mask: a `masks.Mask`: which weights are trained; None trains all of them.
         objective: an `objectives.Objective`: what is minimised instead of the loss.
+        backprop: patterns of the names of the last layers, or a `Backprop`: they are trained by backpropagation, the rest forward-only.
         module: the module whose forward the closure evaluates, where `params` is not one.
 
     Raises ValueError for options out of range, for tensors that can't be trained, and where nothing is trainable.
@@ -96,10 +98,11 @@ class ZOOptimizer(torch.optim.Optimizer):
         max_nonfinite: int = 20,
         mask: Mask | None = None,
         objective: Objective | None = None,
+        backprop: str | Sequence[str] | Backprop | None = None,
         module: nn.Module | None = None,
     ) -> None:
         options = (lr, eps, seed, noise, estimator, update, weights, weight_decay, dropout, clip, safeguard, max_nonfinite, mask, objective)
-        EngineOptions(*options).validate()
+        EngineOptions(*options, backprop=backprop).validate()
         if module is not None and not isinstance(module, nn.Module):
             raise TypeError(f"module={module!r} is not an nn.Module. Pass the module whose forward the closure evaluates.")
         found, groups, given = split_input(params)
@@ -121,6 +124,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.masters = Masters(every=self.rule.dense)
         self.masks = Masks(mask)
         self.objective = objective
+        self.tail = Tail(as_backprop(backprop))
         self._signature: tuple[Any, ...] = ()
         self.report: StepReport | None = None
         self.journal: Journal = Unrecorded()
@@ -162,10 +166,14 @@ class ZOOptimizer(torch.optim.Optimizer):
             tell_once(f"factors.{kind.name}", kind.why)
 
     def _trained(self) -> list[Trained]:
-        trained = by_factor(self._factors, collect(self.param_groups, self._names))
-        if not trained:
+        """What is trained forward-only; the rest is the tail's."""
+        if self.tail.recording and self._residency is not None:
+            return self._residency.trained
+        every = collect(self.param_groups, self._names)
+        if not every:
             raise ValueError(NOTHING_TO_TRAIN)
-        return trained
+        names = {} if self.tail.backprop is None or self.module is None else every_name_of(self.module)
+        return by_factor(self._factors, self.tail.taken_from(every, names))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group (torch.optim) of tensors or (name, tensor) pairs; its lr, eps and weight_decay are checked."""
@@ -194,6 +202,12 @@ class ZOOptimizer(torch.optim.Optimizer):
         """Begin again from the weights alone, as a replay does: without float32 masters, and without what was remembered of steps."""
         self.masters.clear()
         self.progress.clear()
+        self.tail.forget()
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether it takes derivatives of the loss, which then must come with its graph or tangent."""
+        return self.estimator.tangents or self.tail.backprop is not None
 
     @property
     def eps(self) -> float:
@@ -209,7 +223,7 @@ class ZOOptimizer(torch.optim.Optimizer):
     def residency(self) -> Residency:
         """How perturbed weights come to exist; decided at the first step, and again when tensors are added, frozen, moved or replaced."""
         before = self._residency
-        if before is not None and not before.retired and self._is_for_these_tensors(before):
+        if before is not None and (self.tail.recording or (not before.retired and self._is_for_these_tensors(before))):
             return before
         trained = self._trained()
         if any(p.tensor._backward_hooks or p.tensor._post_accumulate_grad_hooks for p in trained):
@@ -249,7 +263,7 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     def usual_lr(self) -> str:
         """The learning rates that usually work for what is trained here, in words."""
-        return usual_lr(collect(self.param_groups, self._names))
+        return usual_lr(self._trained())
 
     def estimate(
         self,
@@ -303,6 +317,7 @@ class ZOOptimizer(torch.optim.Optimizer):
                     return objective.observe(output, self.module, batch)
 
         task = Task(closure, window.own, residency, [], seed, muted, loss_of, observe, remember, self.estimator.tangents)
+        task = task._replace(graph=self.tail.graph(window, residency, self.module))
         if plan is not None:
             return recall.estimate(plan, self.estimator, self._evaluator, task, window, weight)
         task = task._replace(eps=self._eps_of(window))
@@ -313,9 +328,9 @@ class ZOOptimizer(torch.optim.Optimizer):
             window.seen = (31 * window.seen + sum_of(batch)) % (1 << 53)
         window.traces = window.traces or window.moved or not losses
         if losses:
-            window.add(losses, weight, samples if observe is not None else [])
+            window.add(losses, weight, samples if observe is not None else [], task.graph.sums)
             if self.estimator.along:
-                window.again.append((task._replace(closure=as_now(closure)), weight))
+                window.again.append((task._replace(closure=as_now(closure), graph=NO_GRAPH), weight))
         window.seconds += time.perf_counter() - began
         if not losses:
             return Estimate(None, None)
@@ -358,7 +373,10 @@ class ZOOptimizer(torch.optim.Optimizer):
         if window is None:  # other ranks had data
             self._begin()
             window = self._new_window()
-        finite, residency = all(math.isfinite(value) for value in values), self.residency
+        residency = self.residency
+        finite = all(math.isfinite(value) for value in values)
+        gradients = self.tail.gradients(window, self.exchange) if finite else []
+        finite = finite and all(bool(gradient.isfinite().all()) for gradient in gradients)
         if not finite:
             residency.restore()
         self.journal.look(self, window.micro_batches, updating=True)
@@ -373,7 +391,10 @@ class ZOOptimizer(torch.optim.Optimizer):
         self._record(plan, record, window, residency)
         self.masks.measure(terms, [group.eps for group in settings])
         if finite:
-            residency.update(self.progress.change(made, settings, rounding_seed(self.seed, self.steps)))
+            with residency.still(), held():
+                residency.update(self.progress.change(made, settings, rounding_seed(self.seed, self.steps)))
+                if not self.masks.measures(self.steps):
+                    self.tail.update(gradients, settings, [_of_schedule(group) for group in self.param_groups])
         residency.ended()
         self._idle = 0
         self.journal.remember(self)
@@ -544,3 +565,9 @@ class ZOOptimizer(torch.optim.Optimizer):
             self._residency, self._signature, self.journal, self._idle = None, (), Unrecorded(), 0
             self._evaluator = Evaluator(self.module, dropout)
             self._evaluator.count = count
+
+
+def _of_schedule(group: dict[str, Any]) -> float:
+    """What a scheduler has made of a group's learning rate, over the one that it began with."""
+    initial = float(group.get("initial_lr", 0.0))
+    return float(group["lr"]) / initial if initial else 1.0

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from zo_lightning.engine.backprop import Backprop, as_backprop
 from zo_lightning.engine.estimators import ESTIMATORS, SPSA, Estimator
 from zo_lightning.engine.masks import Mask
 from zo_lightning.engine.messages import check_number, choose
@@ -47,6 +48,7 @@ class EngineOptions:
     objective: Objective | None = None
     parallel: str | Mesh | None = None
     """How a host's processes share the work; the host gives the optimizer its exchange."""
+    backprop: str | Sequence[str] | Backprop | None = None
 
     def validate(self) -> None:
         """Raise ValueError that names the option, its value and what is allowed."""
@@ -90,6 +92,7 @@ class EngineOptions:
                 f"Invalid update: {self.update!r} with estimator={self.estimator!r}, which finds its anchor behind the steps since: they "
                 'have to be sums of perturbations. Use update="sgd" or "momentum", or an estimator without an anchor.'
             )
+        self._check_backprop(estimator)
         if estimator.along and not isinstance(rule, SGD):
             raise ValueError(
                 f"Invalid update: {self.update!r} with estimator={self.estimator!r}, which tries steps along the estimate before it makes "
@@ -116,6 +119,21 @@ class EngineOptions:
                 "mask whose rule measures nothing."
             )
         as_safeguard(self.safeguard)
+
+    def _check_backprop(self, estimator: Estimator) -> None:
+        if as_backprop(self.backprop) is None:
+            return
+        problem = None
+        if estimator.tangents:
+            problem = f"estimator={estimator!r}, whose evaluations are in forward mode: use SPSA() or OneSided()"
+        elif estimator.remembers:
+            problem = f"estimator={estimator!r}, half of whose points lie at an anchor, which the last layers have none of: use SPSA()"
+        elif isinstance(self.weights, Offload):
+            problem = "weights=Offload(...): a graph would keep weights that are on their way; keep them in memory"
+        elif self.objective is not None and not self.objective.needs_output:
+            problem = f"objective={self.objective!r}, which evaluates no loss whose gradient could be taken; use one that reads the output"
+        if problem:
+            raise ValueError(f"Invalid backprop: {self.backprop!r} with {problem}, or leave backprop out.")
 
     def build(
         self, params: Any, *, module: nn.Module | None = None, lr: float | None = None, weight_decay: float | None = None

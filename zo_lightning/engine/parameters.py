@@ -91,6 +91,15 @@ def names_of(module: nn.Module) -> dict[int, str]:
     return {id(parameter): name for (_, parameter), name in zip(named, canonical, strict=True)}
 
 
+def every_name_of(module: nn.Module) -> dict[int, list[str]]:
+    """id(parameter) -> its canonical names, of which a tied parameter has several."""
+    named = list(module.named_parameters(remove_duplicate=False))
+    found: dict[int, list[str]] = {}
+    for (_, parameter), name in zip(named, canonical_names([name for name, _ in named]), strict=True):
+        found.setdefault(id(parameter), []).append(name)
+    return found
+
+
 def split_input(params: Any) -> tuple[nn.Module | None, list[dict[str, Any]], dict[int, str]]:
     """(module, torch parameter groups, names given by the user) from whatever `ZOOptimizer` was handed."""
     if isinstance(params, nn.Module):

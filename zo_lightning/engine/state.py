@@ -20,7 +20,7 @@ _COUNTERS = ("seed", "steps", "skipped_steps", "zero_difference_steps")
 
 COPIED = (
     *("module", "noise", "estimator", "weights", "seed", "rule", "progress", "safeguard", "max_nonfinite", "report"),
-    *("masters", "masks", "objective"),
+    *("masters", "masks", "objective", "tail"),
     *("_exchange", "_narrow", "_agreed", "_factors"),
     *("steps", "skipped_steps", "zero_difference_steps", "_nonfinite_run", "_zero_run", "_window"),
 )
@@ -29,8 +29,9 @@ COPIED = (
 
 def saved(optimizer: ZOOptimizer) -> dict[str, Any]:
     """The entry "zo" of `ZOOptimizer.state_dict()`."""
-    window, safeguard = optimizer._window, optimizer.safeguard
+    window, safeguard, backprop = optimizer._window, optimizer.safeguard, optimizer.tail.state_dict()
     return {
+        **({} if backprop is None else {"backprop": backprop}),
         "version": VERSION,
         **{name: getattr(optimizer, name) for name in _COUNTERS},
         "forward_passes": optimizer.forward_passes,
@@ -101,6 +102,7 @@ def check(optimizer: ZOOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     zo: dict[str, Any] | None = state_dict.get("zo")
     if zo is None:
         raise ValueError(NOT_SAVED_HERE)
+    optimizer.tail.check_state(zo.get("backprop"))
     if zo.get("version") != VERSION or zo.keys() != saved(optimizer).keys():
         raise ValueError(f"The state has version {zo.get('version')} or is incomplete; this release reads version {VERSION}.")
     if zo["noise"] != optimizer.noise.text:
@@ -126,6 +128,7 @@ def load(optimizer: ZOOptimizer, zo: dict[str, Any]) -> None:
     optimizer._nonfinite_run, optimizer._zero_run = zo["nonfinite_run"], zo["zero_run"]
     optimizer._evaluator.count, optimizer._idle = zo["forward_passes"], zo["idle"]
     optimizer.masters.load_state_dict(_own_masters(optimizer, zo["masters"]))
+    optimizer.tail.load_state_dict(zo.get("backprop"))
     optimizer.masks.load_state_dict(zo["masks"], {p.key: p.tensor.device for p in optimizer._trained()})
     optimizer.progress.load_state_dict(zo["progress"])
     if optimizer.safeguard is not None and zo["safeguard"] is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,8 @@ class Window:
         self.eps = eps
         """Of each parameter group."""
         self.totals: list[Tensor] | None = None
+        self.gradients: list[Tensor] = []
+        """Of the last layers that are trained by backpropagation, summed over micro-batches and over the points here."""
         self.samples: list[list[Any]] = [[] for _ in mine]
         """What an objective observed at each point, here."""
         self.micro_batches = 0
@@ -43,8 +46,13 @@ class Window:
         """The points that this process evaluates."""
         return [self.points[index] for index in self.mine]
 
-    def add(self, losses: list[Tensor], weight: float, samples: list[Any]) -> None:
-        """Add weight * loss of every point, and its sample where there is an objective."""
+    def add(self, losses: list[Tensor], weight: float, samples: list[Any], gradients: Sequence[Tensor] = ()) -> None:
+        """Add weight * loss of every point, its sample where there is an objective, and weight * `gradients`, which are given away."""
+        for gradient in gradients:
+            gradient.mul_(weight)
+        self.gradients = (
+            [b.add_(a.to(b.device)) for a, b in zip(self.gradients, gradients, strict=True)] if self.gradients else list(gradients)
+        )
         for own, sample in zip(self.samples, samples, strict=False):
             own.append(sample)
         scaled = [loss * weight for loss in losses]
@@ -59,6 +67,8 @@ class Window:
             "micro_batches": self.micro_batches,
             "totals": totals,
         }
+        if self.gradients:
+            plain["gradients"] = [gradient.clone() for gradient in self.gradients]
         return {**plain, "samples": [list(own) for own in self.samples]} if any(self.samples) else plain
 
     def __getstate__(self) -> dict[str, Any]:
@@ -74,4 +84,5 @@ class Window:
         self.whole = state["totals"] is None
         self.eps, self.micro_batches = list(state["eps"]), state["micro_batches"]
         self.samples = [list(own) for own in state.get("samples", self.samples)]
+        self.gradients = [gradient.clone() for gradient in state.get("gradients", ())]
         self.totals = None if state["totals"] is None else [torch.tensor(x, dtype=torch.float64) for x in state["totals"]]

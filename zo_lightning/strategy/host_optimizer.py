@@ -76,6 +76,7 @@ class HostOptimizer:
             ours[index]["params"] = group["params"]
             if "lr" in group:
                 ours[index]["lr"] = self._lr(float(group["lr"]), self._base[index])
+                ours[index]["initial_lr"] = self._lr(self._base[index], self._base[index])
             if self._options.weight_decay is None:
                 ours[index]["weight_decay"] = float(group.get("weight_decay", 0.0))
 

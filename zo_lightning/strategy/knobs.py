@@ -40,7 +40,7 @@ def say_idle(trainer: Any, module: Any, ns: Namespace, say: Say) -> None:
         say(
             "lightning.clip",
             f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) does nothing: there is no gradient to clip. "
-            "ZOStrategy(clip=...) bounds the projected gradient.",
+            "ZOStrategy(clip=...) bounds the projected gradient, Backprop(max_norm=...) the gradient of backprop=.",
         )
     if trainer._detect_anomaly:
         say("lightning.anomaly", "Trainer(detect_anomaly=True) does nothing: there is no backward pass.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from zo_lightning.engine.backprop import Backprop
 from zo_lightning.engine.estimators import Estimator
 from zo_lightning.engine.masks import Mask
 from zo_lightning.engine.noise import Noise
@@ -105,6 +106,7 @@ class ZOModelParallelStrategy(ForwardOnly, _PlainStates):
         mask: Mask | None = None,
         objective: Objective | None = None,
         parallel: str | Mesh | None = None,
+        backprop: str | Backprop | None = None,
         *,
         data_parallel_size: int | str = "auto",
         tensor_parallel_size: int | str = "auto",
@@ -113,7 +115,7 @@ class ZOModelParallelStrategy(ForwardOnly, _PlainStates):
         timeout: timedelta = timedelta(minutes=30),
     ) -> None:
         method = (noise, estimator, update, weights)
-        given = (lr, eps, seed, *method, weight_decay, dropout, clip, safeguard, max_nonfinite, mask, objective, parallel)
+        given = (lr, eps, seed, *method, weight_decay, dropout, clip, safeguard, max_nonfinite, mask, objective, parallel, backprop)
         if parallel is not None and mesh_of(parallel) != Mesh(data=mesh_of(parallel).data):
             raise ValueError(NOT_SHARDED.format(parallel=parallel))
         self.cluster_environment = None

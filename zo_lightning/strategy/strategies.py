@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from zo_lightning.engine.backprop import Backprop
 from zo_lightning.engine.estimators import Estimator
 from zo_lightning.engine.masks import Mask
 from zo_lightning.engine.noise import Noise
@@ -40,6 +41,7 @@ class ZOStrategy(ForwardOnly, SingleDeviceStrategy):
         mask: which weights are trained (`engine.masks.Mask`); the callback SparseMask sets it, too.
         objective: what is minimised instead of the loss (`engine.objectives.Objective`); the callback MetricObjective sets it, too.
         parallel: how several processes share the work; with one device there is nothing to share (strategy="zo_ddp").
+        backprop: patterns of the names of the last layers, or an `engine.Backprop`: backpropagation for them, forward-only for the rest.
         device: None takes the Trainer's. accelerator, checkpoint_io, precision_plugin: as for Lightning's own strategies.
 
     Raises ValueError for options out of range, and Lightning's MisconfigurationException for what can't be trained by forward passes:
@@ -66,6 +68,7 @@ class ZOStrategy(ForwardOnly, SingleDeviceStrategy):
         mask: Mask | None = None,
         objective: Objective | None = None,
         parallel: str | Mesh | None = None,
+        backprop: str | Backprop | None = None,
         *,
         device: torch.device | str | None = None,
         accelerator: Any = None,
@@ -73,7 +76,7 @@ class ZOStrategy(ForwardOnly, SingleDeviceStrategy):
         precision_plugin: Any = None,
     ) -> None:
         method = (noise, estimator, update, weights)
-        given = (lr, eps, seed, *method, weight_decay, dropout, clip, safeguard, max_nonfinite, mask, objective, parallel)
+        given = (lr, eps, seed, *method, weight_decay, dropout, clip, safeguard, max_nonfinite, mask, objective, parallel, backprop)
         options = EngineOptions(*given)
         host = {"accelerator": accelerator, "checkpoint_io": checkpoint_io, "precision_plugin": precision_plugin}
         as_mesh(parallel, 1)
@@ -137,6 +140,7 @@ class ZODDPStrategy(ForwardOnly, DDPStrategy):
         mask: Mask | None = None,
         objective: Objective | None = None,
         parallel: str | Mesh | None = None,
+        backprop: str | Backprop | None = None,
         *,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
@@ -147,7 +151,7 @@ class ZODDPStrategy(ForwardOnly, DDPStrategy):
         precision_plugin: Any = None,
     ) -> None:
         method = (noise, estimator, update, weights)
-        given = (lr, eps, seed, *method, weight_decay, dropout, clip, safeguard, max_nonfinite, mask, objective, parallel)
+        given = (lr, eps, seed, *method, weight_decay, dropout, clip, safeguard, max_nonfinite, mask, objective, parallel, backprop)
         options = EngineOptions(*given)
         self.cluster_environment = cluster_environment
         host = {

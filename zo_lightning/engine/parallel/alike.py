@@ -96,6 +96,7 @@ def described(optimizer: ZOOptimizer) -> dict[str, str]:
     same = {
         "the estimator": repr(optimizer.estimator),
         "the update rule": repr(optimizer.rule),
+        "backprop": repr(optimizer.tail.backprop),
         "the noise": optimizer.noise.text,
         "the seed": str(optimizer.seed),
         "the count of steps": str(optimizer.steps),

@@ -119,4 +119,5 @@ def _number_of(optimizer: ZOOptimizer) -> float:
     with residency.settled():
         tensors: list[Any] = [p.tensor for p in residency.trained]
         masters = optimizer.masters.state_dict()
-        return float(int(digest([*tensors, *(masters[key] for key in sorted(masters))]), 16) >> 11)
+        every = [*tensors, *(masters[key] for key in sorted(masters)), *optimizer.tail.tensors()]
+        return float(int(digest(every), 16) >> 11)

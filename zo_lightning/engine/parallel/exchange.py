@@ -49,6 +49,10 @@ class Exchange:
         """The mean over ranks of a one-dimensional float64 tensor."""
         return values
 
+    def averaged(self, tensors: Sequence[Tensor], count: int) -> list[Tensor]:
+        """The sum over ranks of each tensor over `count`: in float64 and in the order of ranks, so that all have the same bits."""
+        return [tensor / count for tensor in tensors]
+
     def everywhere(self, number: float) -> list[float]:
         """The number of each rank, in their order, on all of them."""
         return [number]

@@ -26,6 +26,8 @@ _DOING = {
     AVERAGING: "averages",
     COMPARING: "compares weights",
 }
+_PART = 1 << 20
+"""Elements of gradients that ranks send each other at once."""
 _WORDS = 480
 """Bytes of what a rank that raised tells the others."""
 
@@ -137,6 +139,27 @@ class Processes(Exchange):
     def mean(self, values: Tensor) -> Tensor:
         rows = self._meet(AVERAGING, values.double().tolist())
         return torch.tensor([row[1 : 1 + len(values)] for row in rows], dtype=torch.float64).sum(0) / self.world_size
+
+    def averaged(self, tensors: Sequence[Tensor], count: int) -> list[Tensor]:
+        self._meet(SHARING)
+        return [self._averaged(tensor, count) for tensor in tensors]
+
+    def _averaged(self, tensor: Tensor, count: int) -> Tensor:
+        flat = tensor.reshape(-1)
+        found = torch.empty_like(flat)
+        for part, out in zip(flat.split(_PART), found.split(_PART), strict=True):
+            mine = part.to(self.device).contiguous()
+            every = [torch.empty_like(mine) for _ in range(self.world_size)]
+            try:
+                self._wait(dist.all_gather(every, mine, group=self.group, async_op=True))
+            except RuntimeError as error:
+                raise PeerError(f"Rank {self.rank} did not get the gradients of the other {self.world_size - 1}. ({error})") from error
+            self.sent += mine.nbytes
+            total = every[0].double()
+            for other in every[1:]:
+                total += other
+            out.copy_(total / count)
+        return found.view(tensor.shape)
 
     def everywhere(self, number: float) -> list[float]:
         return [row[1] for row in self._meet(COMPARING, [number])]

@@ -31,6 +31,8 @@ class Residency(ABC):
     name: str
     places_weights = False
     """Whether it places weights, also frozen ones, itself: `keeps` then tells which of them are where it put them."""
+    lasts = True
+    """Whether what forward passes see inside `at` stays where they found it until its end."""
     retired = False
     """Whether another residency has taken the weights over, so that this one can't be used any more."""
 

@@ -34,6 +34,7 @@ class Exact(OnScratch):
     """
 
     name = "exact"
+    lasts = False
     keep_after = KEEP_AFTER
 
     def __init__(self, module: nn.Module, trained: Sequence[Trained], noise: Noise, blocks: Sequence[nn.Module] = ()) -> None:
@@ -151,7 +152,7 @@ class Exact(OnScratch):
     def _enter(self, unit: Unit) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
             if self._lane.point is not None:
-                with held():
+                with held(), torch.no_grad():
                     stack = ExitStack()
                     stack.enter_context(self._based(unit.parameters))
                     point = self._lane.point  # a reading thread had to wait until the evaluation was over

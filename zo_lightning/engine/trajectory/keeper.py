@@ -83,6 +83,12 @@ class Trajectory(Journal):
         continue; True also continues one that ended by itself, and raises ValueError where there is none; False always begins a new one.
         OSError where the folder can't be written, LogError for a damaged log.
         """
+        if optimizer.tail.backprop is not None:
+            raise ValueError(
+                "A step log has the numbers that an update was made of, and those of backprop= are gradients as large as its parameters. "
+                "Leave TrajectoryLog (or Trajectory) out and keep the host's checkpoints, from which a run goes on bit for bit, or leave "
+                "backprop out."
+            )
         points = len(optimizer.estimator.points(lambda query: query)) + len(optimizer.estimator.along)
         if optimizer.residency.name == "inplace" and points > MAX_POINTS:
             raise ValueError(
