@@ -1,7 +1,7 @@
 """Forward-only optimization in plain PyTorch: the mathematics of zo-lightning, without any host."""
 
 from zo_lightning.engine import first_calls
-from zo_lightning.engine.estimators import SPSA, Conservative, Estimator, ForwardGradient, OneSided, RankSGD, Term
+from zo_lightning.engine.estimators import SPSA, Conservative, Coordinatewise, Estimator, ForwardGradient, OneSided, RankSGD, Term
 from zo_lightning.engine.messages import ZOWarning
 from zo_lightning.engine.noise import Gaussian, LowRank, Noise, Rademacher, Sphere
 from zo_lightning.engine.optimizer import ZOOptimizer
@@ -18,6 +18,7 @@ __all__ = [
     "SPSA",
     "Adam",
     "Conservative",
+    "Coordinatewise",
     "DataParallel",
     "DivergenceError",
     "EngineOptions",

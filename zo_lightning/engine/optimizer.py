@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from zo_lightning.engine import recall, state
-from zo_lightning.engine.advice import NO_DIFFERENCE, NO_LOSS, NOT_TO_EVALUATE_AGAIN, NOTHING_TO_TRAIN, ZERO_STEPS
+from zo_lightning.engine.advice import NO_DIFFERENCE, NO_LOSS, NOT_TO_EVALUATE_AGAIN, NOTHING_TO_TRAIN, TOO_FEW_POINTS, ZERO_STEPS
+from zo_lightning.engine.coordinates import Queries
 from zo_lightning.engine.estimators import Estimator, Term
 from zo_lightning.engine.evaluation import Closure, Evaluated, Evaluator, Muted, Task, a_loss
 from zo_lightning.engine.journal import Journal, StepRecord, Unrecorded
@@ -104,7 +105,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         found, groups, given = split_input(params)
         self.module = module if module is not None else found
         self._names = {**(names_of(self.module) if self.module is not None else {}), **given}
-        self.noise, self.estimator = as_noise(noise), as_estimator(estimator)
+        self.estimator = as_estimator(estimator)
+        self.noise = self.estimator.noise or as_noise(noise)
         self.weights, self.seed = weights, seed
         self.rule = as_rule(update, clip)
         self.progress = self.rule.begin()
@@ -297,6 +299,7 @@ class ZOOptimizer(torch.optim.Optimizer):
                     return objective.observe(output, self.module, batch)
 
         task = Task(closure, window.own, residency, [], seed, muted, loss_of, observe, remember, self.estimator.tangents)
+        task = task._replace(coordinates=self.estimator.coordinates)
         if plan is not None:
             return recall.estimate(plan, self.estimator, self._evaluator, task, window, weight)
         task = task._replace(eps=self._eps_of(window))
@@ -416,8 +419,11 @@ class ZOOptimizer(torch.optim.Optimizer):
             if chosen is None:
                 self.masks.made(self.residency.trained)
 
-    def _new_window(self) -> Window:
-        points = self.estimator.points(lambda query: self.noise.seed(self.seed, self.steps, query))
+    def _new_window(self, masks: Masks | None = None) -> Window:
+        trained = [] if self.estimator.coordinates is None else self.residency.trained
+        points = self.estimator.points(Queries(self.noise, self.seed, self.steps, trained, masks or self.masks))
+        if len(points) < self.exchange.mesh.perturbation:
+            raise ValueError(TOO_FEW_POINTS.format(parallel=self.exchange.mesh, points=len(points), estimator=self.estimator))
         return Window(points, [], self.exchange.mine(len(points)))
 
     def _eps_of(self, window: Window) -> list[float]:
@@ -435,7 +441,9 @@ class ZOOptimizer(torch.optim.Optimizer):
         """(one value a point, the same on every rank, or None where there is none; the scores of an objective)."""
         if plan is not None:
             return None if self._idle < plan.idle else list(plan.values[: len(plan.values) - len(self.estimator.along)]), []
-        return self._measured(window or self._new_window(), searching=False)
+        if window is None:  # with the mask of the step, on which the number of points may depend
+            window = self._new_window() if self.estimator.coordinates is None else self._begin()
+        return self._measured(window, searching=False)
 
     def _along(self, window: Window, plan: StepRecord | None, terms: list[Term], settings: Sequence[GroupSettings]) -> list[float]:
         """The values of the lengths that a line search tries: the micro-batches once more, and nobody notices."""
@@ -480,7 +488,7 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     def settings(self) -> list[GroupSettings]:
         """Learning rate, scale and decay of each group, as the next step would use them."""
-        return self._settings(self._window or self._new_window(), None)
+        return self._settings(self._window or Window([], [], range(0)), None)
 
     def _settings(self, window: Window, plan: StepRecord | None) -> list[GroupSettings]:
         own = [

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from zo_lightning.engine.estimators import ESTIMATORS, SPSA, Estimator
+from zo_lightning.engine.estimators import ESTIMATORS, SPSA, Estimator, Ways
 from zo_lightning.engine.masks import Mask
 from zo_lightning.engine.messages import check_number, choose
-from zo_lightning.engine.noise import Noise, as_noise
+from zo_lightning.engine.noise import Basis, Noise, as_noise
 from zo_lightning.engine.noise.rounding import rounds
 from zo_lightning.engine.objectives import Objective
 from zo_lightning.engine.parallel import Mesh, mesh_of
@@ -74,6 +74,14 @@ class EngineOptions:
             mesh_of(self.parallel)
         as_noise(self.noise)
         estimator = as_estimator(self.estimator)
+        if estimator.noise is not None and self.noise != "rademacher" and not isinstance(self.noise, Basis):
+            raise ValueError(
+                f"Invalid noise: {self.noise!r} does nothing with estimator={estimator!r}, whose points are not random. Leave noise out."
+            )
+        if estimator.noise is None and isinstance(self.noise, Basis):
+            raise ValueError(f"Invalid noise: {self.noise!r} with estimator={estimator!r}. It is for Coordinatewise(), which brings it along.")
+        if estimator.coordinates is not None:
+            self._validate_coordinates(estimator, estimator.coordinates)
         if estimator.tangents and self.objective is not None:
             raise ValueError(
                 f"Invalid estimator: {estimator!r} with objective={self.objective!r}: it differentiates the loss, and others have no "
@@ -101,6 +109,17 @@ class EngineOptions:
                 "bound on each would spoil. Leave clip out; a smaller lr makes smaller steps."
             )
         as_safeguard(self.safeguard)
+
+    def _validate_coordinates(self, estimator: Estimator, ways: Ways) -> None:
+        if isinstance(self.weights, Offload):
+            raise ValueError(
+                f"Invalid weights: {self.weights!r} with estimator={estimator!r}, which writes single weights in memory. Use "
+                'weights="auto", or SPSA() with streamed weights.'
+            )
+        if ways.batch > 1 and self.objective is not None:
+            raise ValueError(
+                f"Invalid batch: {ways.batch} with objective={self.objective!r}, which is observed at one point after another. Use batch=1."
+            )
 
     def build(
         self, params: Any, *, module: nn.Module | None = None, lr: float | None = None, weight_decay: float | None = None
@@ -175,6 +194,8 @@ def check_rule(rule: UpdateRule, residency: Residency) -> None:
 
 def check_estimator(estimator: Estimator, residency: Residency) -> None:
     """ValueError where an estimator can't be used with these weights."""
+    if estimator.coordinates is not None and any(p.region is not None for p in residency.trained):
+        raise ValueError(f"Invalid estimator: {estimator!r} with sharded weights, of which no process has all. Use SPSA().")
     if estimator.tangents:
         if any(p.region is not None for p in residency.trained):
             raise ValueError(f"Invalid estimator: {estimator!r} with sharded weights, which have no tangents here. Use SPSA().")

@@ -69,13 +69,13 @@ def showing(module: nn.Module | None, trained: Sequence[Trained], tangents: Mapp
             if id(p) in tangents:
                 duals[id(p)] = forward_ad.make_dual(p.tensor.detach(), tangents[id(p)])
         originals = [place.owner._parameters[place.name] for place in places]
-        read = _Read({id(alias): p.name for p in trained for alias in p.aliases if id(p) in tangents})
+        read = Read({id(alias): p.name for p in trained for alias in p.aliases if id(p) in tangents})
         try:
             for place in places:
                 if id(place.parameter) in duals:
                     place.owner._parameters[place.name] = duals[id(place.parameter)]  # type: ignore[assignment]
             for owner in owners.values():
-                _refresh(owner)
+                refresh(owner)
             if watching:
                 with read:
                     yield
@@ -89,7 +89,7 @@ def showing(module: nn.Module | None, trained: Sequence[Trained], tangents: Mapp
             for place, original in zip(places, originals, strict=True):
                 place.owner._parameters[place.name] = original
             for owner in owners.values():
-                _refresh(owner)
+                refresh(owner)
 
 
 @cache
@@ -131,13 +131,13 @@ def slope_of(loss: Any) -> tuple[Any, Tensor]:
     return primal, tangent
 
 
-def _refresh(owner: nn.Module) -> None:
+def refresh(owner: nn.Module) -> None:
     """Recurrent layers keep a list of their weights."""
     if isinstance(owner, nn.RNNBase):
         owner._flat_weights = [getattr(owner, name, None) for name in owner._flat_weights_names]
 
 
-class _Read(TorchFunctionMode):
+class Read(TorchFunctionMode):
     """Raises where an operation gets one of the parameters themselves, and makes a tensor of it."""
 
     def __init__(self, names: Mapping[int, str]) -> None:

@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
+from zo_lightning.engine.noise import Noise
+
 T = TypeVar("T")
 ADDED = "added"
 """In the metadata of an option's field: it came later, and step logs that were written before do not have it."""
@@ -24,6 +26,13 @@ class Term(NamedTuple):
     slope: float
 
 
+class Ways(NamedTuple):
+    """How points of one weight each are evaluated: whether with recorded features, and how many of a parameter in one evaluation."""
+
+    reuse: bool
+    batch: int
+
+
 class Estimator(ABC):
     """Two pure functions: `points(seeds)` and `terms(points, values)`."""
 
@@ -34,6 +43,11 @@ class Estimator(ABC):
     """Whether points are directions: the value of one is the derivative of the loss along it, in units of eps; that of () is the loss."""
     along: Sequence[float] = ()
     """Lengths of the step that a line search tries, in units of the whole one; their values come behind those of the points."""
+
+    noise: Noise | None = None
+    """What the seeds of its points are seeds of, where that is no choice."""
+    coordinates: Ways | None = None
+    """How its points are evaluated where each displaces a single weight, of those that `seeds.coordinates()` lists (coordinates.py)."""
 
     @abstractmethod
     def points(self, seeds: Callable[[int], int]) -> list[Displacement]:

@@ -83,8 +83,9 @@ class Trajectory(Journal):
         continue; True also continues one that ended by itself, and raises ValueError where there is none; False always begins a new one.
         OSError where the folder can't be written, LogError for a damaged log.
         """
-        points = len(optimizer.estimator.points(lambda query: query)) + len(optimizer.estimator.along)
-        if optimizer.residency.name == "inplace" and points > MAX_POINTS:
+        moves = optimizer.residency.name == "inplace" and optimizer.estimator.coordinates is None
+        points = len(optimizer.estimator.points(lambda query: query)) + len(optimizer.estimator.along) if moves else 0
+        if points > MAX_POINTS:
             raise ValueError(
                 f'A step log of weights="inplace" notes moves between at most {MAX_POINTS} points, and this estimator evaluates {points}. '
                 'Use fewer queries, or weights="exact" or "copy".'
