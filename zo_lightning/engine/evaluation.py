@@ -16,6 +16,7 @@ from zo_lightning.engine.estimators import Displacement, Ways
 from zo_lightning.engine.lockstep import Lockstep, Remember, abreast
 from zo_lightning.engine.messages import say_once
 from zo_lightning.engine.randomness import HostState, host_state
+from zo_lightning.engine.parameters import Trained
 from zo_lightning.engine.residency import Offloaded, Residency
 from zo_lightning.engine.reuse import Reuse, same
 from zo_lightning.engine.signals import held, interruptible
@@ -224,24 +225,28 @@ class Evaluator:
     def _nudged(self, task: Task, nudges: Nudges, index: int, host: HostState) -> tuple[Any, Tensor | None, Any]:
         """(what the closure returned, its loss if it has one, its sample)."""
         p = nudges.parameters[index]
-        twice = p is not None and self._reuse.unproved(p)
         with nudges.at(index):
-            with task.around(index), self._reuse.replaying(None if twice else p):
+            proof = self._proof(task, p, host) if p is not None and self._reuse.unproved(p) else None
+            with task.around(index), self._reuse.replaying(p if proof is None else None):
                 output, sample = self._one(task, host)
             self.count += 1
             loss = task.loss_of(output)
             found = None if loss is None else as_scalar(loss)
             if index == 0 and task.noticed:
                 self.buffers.first_done()
-            if p is not None and twice:
-                self.buffers.rewind()
-                with task.muted(), self._reuse.replaying(p):
-                    again, other = self._one(task, host)
-                    loss = task.loss_of(again)
-                self._reuse.prove(p, same((found, sample), (None if loss is None else as_scalar(loss), other)))
+            if p is not None and proof is not None:
+                self._reuse.prove(p, same(proof, (found, sample)))
         if index + 1 < len(task.points):
             self.buffers.rewind()
         return output, found, sample
+
+    def _proof(self, task: Task, p: Trained, host: HostState) -> tuple[Any, Any]:
+        """(the loss, the sample) with features; before those without, which would renew what the model keeps between calls."""
+        with task.muted(), self._reuse.replaying(p):
+            output, sample = self._one(task, host)
+            loss = task.loss_of(output)
+        self.buffers.rewind()
+        return (None if loss is None else as_scalar(loss)), sample
 
     def _together(self, task: Task, nudges: Nudges, group: list[int], host: HostState) -> list[Tensor] | None:
         """The losses of several points of one parameter in one evaluation; None where that can't be done."""

@@ -40,14 +40,14 @@ class Call:
     generators: HostState | None = None
     """The states behind it, where it drew any numbers."""
     pure: bool = True
-    """Whether all that it did is in its output; otherwise none of the calls around it is, either."""
+    """Whether all that it did to what was there before is in its output."""
     known: bool = False
     """Whether its output can be returned again."""
 
     def spoil(self) -> None:
-        """It does something else than to return its output."""
+        """It does something else than to return its output, and so do the calls around it."""
         call: Call | None = self
-        while call is not None and call.pure:
+        while call is not None:
             call.pure = False
             call = call.parent
 
@@ -140,10 +140,9 @@ class Reuse:
                 call.output, call.known = None, False
 
     def _wrote(self, since: float) -> None:
-        """An operation wrote to what was there at this time: no call that began later may be left out."""
+        """An operation wrote to what was there at this time: no call that began later may be left out; for others it is their own."""
         for call in self._open:
-            if call.begin > since:
-                call.spoil()
+            call.pure = call.pure and call.begin < since
 
     def _recorded(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, clock: Operations) -> Any:
         call = Call(module, len(self._calls), self._open[-1] if self._open else None, clock.tick())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from zo_lightning.engine.messages import say_once
 from zo_lightning.engine.parameters import Trained
-from zo_lightning.engine.tangents import Read, places_of, refresh
+from zo_lightning.engine.tangents import Read, in_parts, places_of, refresh
 
 
 class Stacked:
@@ -46,7 +47,10 @@ class Stacked:
 
         try:
             places = places_of(self._module, [p])
-            return torch.func.vmap(shown, randomness="same")(copies)  # type: ignore[no-any-return]
+            recurrent = any(isinstance(place.owner, nn.RNNBase) for place in places)
+            with in_parts(recurrent), warnings.catch_warnings():
+                warnings.filterwarnings("error", "There is a performance drop")  # a loop over the copies, which is no batch
+                return torch.func.vmap(shown, randomness="same")(copies)  # type: ignore[no-any-return]
         except Exception as error:  # evaluated alone, the closure raises again what is not of vmap's making
             self._off = True
             say_once(

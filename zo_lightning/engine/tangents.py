@@ -64,7 +64,7 @@ def showing(module: nn.Module | None, trained: Sequence[Trained], tangents: Mapp
     duals: dict[int, Tensor] = {}
     owners = {id(place.owner): place.owner for place in places}
     recurrent = any(isinstance(owner, nn.RNNBase) for owner in owners.values())
-    with uncompiled(trained), forward_ad.dual_level(), _in_parts(recurrent):
+    with uncompiled(trained), forward_ad.dual_level(), in_parts(recurrent):
         for p in trained:
             if id(p) in tangents:
                 duals[id(p)] = forward_ad.make_dual(p.tensor.detach(), tangents[id(p)])
@@ -102,7 +102,7 @@ def _prepared() -> None:
 
 
 @contextmanager
-def _in_parts(recurrent: bool) -> Iterator[None]:
+def in_parts(recurrent: bool) -> Iterator[None]:
     """Attention and transformer layers, and `recurrent` ones where there are any, run as operations that have derivatives."""
     fast, onednn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
     try:
