@@ -37,7 +37,7 @@ class ZOArguments:
     )
     zo_estimator: str = field(
         default="spsa",
-        metadata={"help": "How the gradient is estimated: spsa, one_sided, forward_gradient, conservative, rank_sgd."},
+        metadata={"help": "How the gradient is estimated: spsa, one_sided, forward_gradient, conservative, rank_sgd, coordinatewise."},
     )
     zo_queries: int = field(default=1, metadata={"help": "Directions measured per step; two forward passes each, one with one_sided."})
     zo_fitness: str = field(

@@ -173,3 +173,15 @@ def test_what_is_learned_is_written_and_not_made_again(name: str, arguments: lis
     assert 0.3 < run["accuracy"] < 0.7
     assert found[0]["summary"][0]["accuracy"] == run["accuracy"]
     assert found[1]["runs"] == [run]
+
+
+def test_feature_reuse_measures_all_ways(tmp_path: Path) -> None:
+    out = tmp_path / "reuse.json"
+    done = script("feature_reuse.py", "--depths", "2", "--width", "16", "--batch", "2", "--each", "1", "--rounds", "2", "--json", str(out))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["net"] for row in rows] == ["convolutions", "gpt2"]
+    for row in rows:
+        assert row["equal_bits"]
+        assert row["points"] > 2
+        assert set(row["times"]) == {"plain", "reuse", "batch", "reuse and batch"}

@@ -12,7 +12,18 @@ from covering import all_pairs, pairs_of, rows
 from engine_models import mlp, regression, same, snapshot
 from torch import nn
 
-from zo_lightning.engine import SPSA, Conservative, Coordinatewise, ForwardGradient, LowRank, Momentum, OneSided, RankSGD, TorchOptimizer, ZOOptimizer
+from zo_lightning.engine import (
+    SPSA,
+    Conservative,
+    Coordinatewise,
+    ForwardGradient,
+    LowRank,
+    Momentum,
+    OneSided,
+    RankSGD,
+    TorchOptimizer,
+    ZOOptimizer,
+)
 from zo_lightning.engine.estimators import ESTIMATORS
 from zo_lightning.engine.masks import Mask
 from zo_lightning.engine.noise import NOISES

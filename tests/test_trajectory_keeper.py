@@ -39,7 +39,9 @@ KINDS = {
     "line search": Setup(estimator=RankSGD(3, search=2), micro=2, infinite=(4,), options={"lr": 5e-4}),
     "line search in place": Setup("inplace", estimator=RankSGD(3, search=2), micro=2, norm=True, idle=(3,), options={"lr": 5e-4}),
     "derivatives": Setup(estimator=ForwardGradient(2), micro=2, norm=True, infinite=(4,)),
-    "coordinates of a mask": Setup(estimator=Coordinatewise(), micro=2, norm=True, infinite=(4,), options={"mask": Mask("random", 0.1, refresh=3)}),
+    "coordinates of a mask": Setup(
+        estimator=Coordinatewise(), micro=2, norm=True, infinite=(4,), options={"mask": Mask("random", 0.1, refresh=3)}
+    ),
     "coordinates in place": Setup("inplace", estimator=Coordinatewise(central=True), idle=(3,)),
     "derivatives in place": Setup("inplace", estimator=ForwardGradient(2), idle=(3,)),
     "momentum": Setup(micro=2, infinite=(4,), options={"update": Momentum(0.8, window=3)}),

@@ -76,9 +76,9 @@ def _elements(p: Trained, mask: Members | None) -> Sequence[int]:
     if mask is None:
         return range(p.numel)
     if isinstance(mask, Listed):
-        return mask.index.tolist()  # type: ignore[no-any-return]
+        return mask.index.tolist()
     weights = p.tensor.detach()
-    return mask.to(weights.device).keep(weights.reshape(-1), 0).nonzero().flatten().tolist()  # type: ignore[no-any-return]
+    return mask.to(weights.device).keep(weights.reshape(-1), 0).nonzero().flatten().tolist()
 
 
 class Nudges:
@@ -139,6 +139,6 @@ class Nudges:
 
 
 _TOO_MANY = (
-    "Invalid estimator: Coordinatewise evaluates a point for each trained weight, at most {most} a step, and {least} or more are trained up "
-    "to {name!r}. Give a mask of fewer (SparseMask, mask=Mask('random', density=0.001)), freeze parameters, or use SPSA()."
+    "Invalid estimator: Coordinatewise evaluates a point for each trained weight, at most {most} a step, and {least} or more are trained "
+    "up to {name!r}. Give a mask of fewer (SparseMask, mask=Mask('random', density=0.001)), freeze parameters, or use SPSA()."
 )

@@ -15,8 +15,8 @@ from zo_lightning.engine.coordinates import Nudges
 from zo_lightning.engine.estimators import Displacement, Ways
 from zo_lightning.engine.lockstep import Lockstep, Remember, abreast
 from zo_lightning.engine.messages import say_once
-from zo_lightning.engine.randomness import HostState, host_state
 from zo_lightning.engine.parameters import Trained
+from zo_lightning.engine.randomness import HostState, host_state
 from zo_lightning.engine.residency import Offloaded, Residency
 from zo_lightning.engine.reuse import Reuse, same
 from zo_lightning.engine.signals import held, interruptible

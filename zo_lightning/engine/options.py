@@ -79,7 +79,9 @@ class EngineOptions:
                 f"Invalid noise: {self.noise!r} does nothing with estimator={estimator!r}, whose points are not random. Leave noise out."
             )
         if estimator.noise is None and isinstance(self.noise, Basis):
-            raise ValueError(f"Invalid noise: {self.noise!r} with estimator={estimator!r}. It is for Coordinatewise(), which brings it along.")
+            raise ValueError(
+                f"Invalid noise: {self.noise!r} with estimator={estimator!r}. It is for Coordinatewise(), which brings it along."
+            )
         if estimator.coordinates is not None:
             self._validate_coordinates(estimator, estimator.coordinates)
         if estimator.tangents and self.objective is not None:
