@@ -37,7 +37,10 @@ class ZOArguments:
     )
     zo_estimator: str = field(
         default="spsa",
-        metadata={"help": "How the gradient is estimated: spsa, one_sided, curvature, forward_gradient, conservative, svrg, rank_sgd."},
+        metadata={
+            "help": "How the gradient is estimated: spsa, one_sided, curvature, forward_gradient, conservative, svrg, rank_sgd, "
+            "coordinatewise."
+        },
     )
     zo_queries: int = field(
         default=1, metadata={"help": "Directions measured per step; two forward passes each, one with one_sided, four with svrg."}

@@ -15,7 +15,19 @@ from engine_models import regression
 from torch import Tensor, nn
 from torchmetrics.classification import BinaryF1Score
 
-from zo_lightning.engine import SPSA, SVRG, Conservative, ForwardGradient, Momentum, OneSided, Processes, RankSGD, ZOOptimizer
+from zo_lightning.engine import (
+    SPSA,
+    SVRG,
+    Conservative,
+    Coordinatewise,
+    ForwardGradient,
+    Momentum,
+    OneSided,
+    Processes,
+    RankSGD,
+    ZOOptimizer,
+)
+from zo_lightning.engine.masks import Mask
 from zo_lightning.engine.objectives import Score
 from zo_lightning.engine.parallel import broadcast_parameters
 
@@ -48,6 +60,10 @@ CASES = {
     "derivatives on two": Case("perturbation=2", {"estimator": ForwardGradient(3)}, micro=2),
     "SVRG on two": Case("perturbation=2", {"estimator": SVRG(refresh=3, anchor=1)}, micro=2),
     "SVRG on two, its anchor on one": Case("perturbation=2", {"estimator": SVRG(2, refresh=4, anchor=2), "weights": "copy"}),
+    "coordinates on two": Case("perturbation=2", {"estimator": Coordinatewise()}, micro=2, norm=True),
+    "coordinates of a mask on two": Case(
+        "perturbation=2", {"estimator": Coordinatewise(central=True), "mask": Mask("random", 0.1, refresh=2), "weights": "inplace"}
+    ),
     "momentum on two": Case("perturbation=2", {"update": Momentum(0.8, window=3)}),
     "adam on two, bfloat16": Case("perturbation=2", {"update": "adam"}, dtype=torch.bfloat16),
     "a metric": Case("perturbation=2", {"estimator": SPSA(2)}, metric=True),
@@ -55,6 +71,7 @@ CASES = {
     "data and sides": Case("data=2,perturbation=2", {"estimator": SPSA(3)}, world=4, micro=2),
     "data and sides, SVRG": Case("data=2,perturbation=2", {"estimator": SVRG(refresh=3, anchor=1)}, world=4, micro=2),
     "data and sides, a metric": Case("data=2,perturbation=2", {"estimator": SPSA(2)}, world=4, micro=2, metric=True),
+    "data and coordinates": Case("data=2,perturbation=2", {"estimator": Coordinatewise()}, world=4),
     "seeds": Case("seeds=4", world=4),
     "seeds of two queries, and sides": Case("seeds=2,perturbation=2", {"estimator": SPSA(2)}, world=4),
     "one-sided seeds": Case("seeds=4", {"estimator": OneSided(3)}, world=4),

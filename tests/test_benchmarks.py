@@ -186,3 +186,15 @@ def test_hybrid_memory_lies_between_forward_only_and_backpropagation(tmp_path: P
         values = [row[name] for row in rows]
         assert values == sorted(values), name
         assert len(set(values)) == 4
+
+
+def test_feature_reuse_measures_all_ways(tmp_path: Path) -> None:
+    out = tmp_path / "reuse.json"
+    done = script("feature_reuse.py", "--depths", "2", "--width", "16", "--batch", "2", "--each", "1", "--rounds", "2", "--json", str(out))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["net"] for row in rows] == ["convolutions", "gpt2"]
+    for row in rows:
+        assert row["equal_bits"]
+        assert row["points"] > 2
+        assert set(row["times"]) == {"plain", "reuse", "batch", "reuse and batch"}

@@ -16,7 +16,7 @@ from zo_lightning.engine.parallel import as_mesh
 
 Results = dict[int, list[dict[str, Any]]]
 SAME_DATA = [name for name, case in CASES.items() if as_mesh(case.parallel, case.world).streams == 1]
-OTHER_DATA = ["data and sides", "data and sides, SVRG", "data and sides, a metric"]
+OTHER_DATA = ["data and sides", "data and sides, SVRG", "data and sides, a metric", "data and coordinates"]
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +107,8 @@ def test_a_step_sends_few_bytes(name: str, results: Results) -> None:
     _, sent, meetings = results[case.world][0][name]["counts"]
     estimator = case.options.get("estimator") or SPSA()
     queries = getattr(estimator, "queries", getattr(estimator, "samples", 0) / 2) + len(estimator.along) / 2
+    if estimator.coordinates:
+        queries = len(results[case.world][0][name]["values"][0]) / 2
     a_step = 2 if estimator.along else 1
     extra = 2 * STEPS if case.metric else 0  # samples to rank 0, values from it
     assert meetings == 1 + a_step * STEPS + extra

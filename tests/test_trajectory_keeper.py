@@ -9,7 +9,8 @@ import pytest
 import torch
 from keeper_tools import Loop, Setup, equal
 
-from zo_lightning.engine import SPSA, ForwardGradient, Momentum, RankSGD, Safeguard
+from zo_lightning.engine import SPSA, Coordinatewise, ForwardGradient, Momentum, RankSGD, Safeguard
+from zo_lightning.engine.masks import Mask
 from zo_lightning.engine.messages import ZOWarning
 from zo_lightning.engine.trajectory import load_base, read_log, replay
 
@@ -38,6 +39,10 @@ KINDS = {
     "line search": Setup(estimator=RankSGD(3, search=2), micro=2, infinite=(4,), options={"lr": 5e-4}),
     "line search in place": Setup("inplace", estimator=RankSGD(3, search=2), micro=2, norm=True, idle=(3,), options={"lr": 5e-4}),
     "derivatives": Setup(estimator=ForwardGradient(2), micro=2, norm=True, infinite=(4,)),
+    "coordinates of a mask": Setup(
+        estimator=Coordinatewise(), micro=2, norm=True, infinite=(4,), options={"mask": Mask("random", 0.1, refresh=3)}
+    ),
+    "coordinates in place": Setup("inplace", estimator=Coordinatewise(central=True), idle=(3,)),
     "derivatives in place": Setup("inplace", estimator=ForwardGradient(2), idle=(3,)),
     "momentum": Setup(micro=2, infinite=(4,), options={"update": Momentum(0.8, window=3)}),
     "momentum in place": Setup("inplace", idle=(2,), options={"update": Momentum(0.8, window=3)}),

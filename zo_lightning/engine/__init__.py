@@ -2,7 +2,18 @@
 
 from zo_lightning.engine import first_calls
 from zo_lightning.engine.backprop import Backprop
-from zo_lightning.engine.estimators import SPSA, SVRG, Conservative, Curvature, Estimator, ForwardGradient, OneSided, RankSGD, Term
+from zo_lightning.engine.estimators import (
+    SPSA,
+    SVRG,
+    Conservative,
+    Coordinatewise,
+    Curvature,
+    Estimator,
+    ForwardGradient,
+    OneSided,
+    RankSGD,
+    Term,
+)
 from zo_lightning.engine.messages import ZOWarning
 from zo_lightning.engine.noise import Gaussian, LowRank, Noise, Rademacher, Sphere
 from zo_lightning.engine.optimizer import ZOOptimizer
@@ -21,6 +32,7 @@ __all__ = [
     "Adam",
     "Backprop",
     "Conservative",
+    "Coordinatewise",
     "Curvature",
     "DataParallel",
     "DivergenceError",

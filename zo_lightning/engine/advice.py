@@ -35,3 +35,8 @@ NOT_TO_EVALUATE_AGAIN = (
     "Micro-batches of this step were measured before a checkpoint was loaded, or by another copy of the optimizer. A line search (search=) "
     "evaluates them again, and they are gone. Resume from a state that was saved between two steps."
 )
+
+TOO_FEW_POINTS = (
+    'Invalid parallel: "{parallel}" shares the {points} points of {estimator} among its processes, and some would have none. Train more '
+    "weights, or use fewer processes for perturbation and more for data."
+)

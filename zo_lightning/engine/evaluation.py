@@ -12,12 +12,16 @@ from torch import Tensor, nn
 
 from zo_lightning.engine.backprop.graph import NO_GRAPH, NoGraph
 from zo_lightning.engine.buffers import Buffers
-from zo_lightning.engine.estimators import Displacement
+from zo_lightning.engine.coordinates import Nudges
+from zo_lightning.engine.estimators import Displacement, Ways
 from zo_lightning.engine.lockstep import Lockstep, Remember, abreast
 from zo_lightning.engine.messages import say_once
+from zo_lightning.engine.parameters import Trained
 from zo_lightning.engine.randomness import HostState, host_state
 from zo_lightning.engine.residency import Offloaded, Residency
+from zo_lightning.engine.reuse import Reuse, same
 from zo_lightning.engine.signals import held, interruptible
+from zo_lightning.engine.stacked import Stacked
 from zo_lightning.engine.tangents import showing, slope_of
 
 Closure = Callable[[], Any]
@@ -40,6 +44,8 @@ class Task(NamedTuple):
     """Tells what Python state the closure may change and `muted` puts back; None: it is not put back."""
     tangents: bool = False
     """Whether points are directions along which the loss is differentiated; the loss itself is the value of ()."""
+    coordinates: Ways | None = None
+    """How points of one weight each are evaluated."""
     noticed: bool = True
     """Whether the first evaluation is outside of `muted` and leaves the buffers as it made them."""
     graph: NoGraph = NO_GRAPH
@@ -76,6 +82,7 @@ class Evaluator:
         self.lockstep = False
         """Whether the last evaluations took turns."""
         self._lockstep = Lockstep(module)
+        self._reuse, self._stacked = Reuse(module), Stacked(module)
         self._watched = False
         """Whether a differentiated evaluation was seen to read all weights from their modules."""
 
@@ -92,6 +99,8 @@ class Evaluator:
             try:
                 if task.tangents:
                     return self._derivatives(task, host)
+                if task.coordinates is not None:
+                    return self._coordinates(task, task.coordinates, host)
                 if task.residency.needs_probe():
                     self._probe(task, host)
                 streamed = self._lockstep.chosen(task.residency, len(task.points))
@@ -190,6 +199,72 @@ class Evaluator:
             if index + 1 < len(task.points):
                 self.buffers.rewind()
         return Evaluated(first, [loss for loss in losses if loss is not None], [], here)
+
+    def _coordinates(self, task: Task, ways: Ways, host: HostState) -> Evaluated:
+        """Points of one element each, which is written where it lies; several of a parameter at once where that is asked for."""
+        first: Any = None
+        losses: list[Tensor] = []
+        samples: list[Any] = []
+        nudges = Nudges(task.residency, task.points, task.eps, task.seed)
+        with self._reuse.session(host.devices) if ways.reuse and len(task.points) > 2 else nullcontext(False) as recorded:
+            if recorded:
+                with self._reuse.recording(task.residency.trained, nudges.parameters), task.muted():
+                    self._one(task, host)
+                self.buffers.first_done()
+                self.buffers.rewind()
+            for group in nudges.groups(ways.batch):
+                found = self._together(task, nudges, group, host) if len(group) > 1 else None
+                for index in group if found is None else ():
+                    output, loss, sample = self._nudged(task, nudges, index, host)
+                    if loss is None:
+                        return Evaluated(None, [], [])
+                    if index == 0:
+                        first = output
+                    losses.append(loss)
+                    samples.append(sample)
+                losses += [] if found is None else found
+        return Evaluated(first, losses, samples)
+
+    def _nudged(self, task: Task, nudges: Nudges, index: int, host: HostState) -> tuple[Any, Tensor | None, Any]:
+        """(what the closure returned, its loss if it has one, its sample)."""
+        p = nudges.parameters[index]
+        with nudges.at(index):
+            proof = self._proof(task, p, host) if p is not None and self._reuse.unproved(p) else None
+            with task.around(index), self._reuse.replaying(p if proof is None else None):
+                output, sample = self._one(task, host)
+            self.count += 1
+            loss = task.loss_of(output)
+            found = None if loss is None else as_scalar(loss)
+            if index == 0 and task.noticed:
+                self.buffers.first_done()
+            if p is not None and proof is not None:
+                self._reuse.prove(p, same(proof, (found, sample)))
+        if index + 1 < len(task.points):
+            self.buffers.rewind()
+        return output, found, sample
+
+    def _proof(self, task: Task, p: Trained, host: HostState) -> tuple[Any, Any]:
+        """(the loss, the sample) with features; before those without, which would renew what the model keeps between calls."""
+        with task.muted(), self._reuse.replaying(p):
+            output, sample = self._one(task, host)
+            loss = task.loss_of(output)
+        self.buffers.rewind()
+        return (None if loss is None else as_scalar(loss)), sample
+
+    def _together(self, task: Task, nudges: Nudges, group: list[int], host: HostState) -> list[Tensor] | None:
+        """The losses of several points of one parameter in one evaluation; None where that can't be done."""
+        p = nudges.parameters[group[0]]
+        if p is None or not self._stacked.possible:
+            return None
+        with task.residency.still(), task.muted(), self._reuse.replaying(p):
+            evaluate = lambda: as_scalar(task.loss_of(self._one(task, host)[0]))  # noqa: E731
+            found = self._stacked.losses(p, nudges.stack(group), evaluate)
+        if group[-1] + 1 < len(task.points) or found is None:
+            self.buffers.rewind()
+        if found is None:
+            return None
+        self.count += len(group)
+        return list(found.unbind())
 
     def _one(self, task: Task, host: HostState, point: Displacement | None = None) -> tuple[Any, Any]:
         """(what the closure returned, its sample); of a `point` of the estimate, also what `task.graph` asks."""

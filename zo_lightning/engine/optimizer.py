@@ -13,8 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from zo_lightning.engine import recall, state
-from zo_lightning.engine.advice import FORGOTTEN, NO_DIFFERENCE, NO_LOSS, NOT_TO_EVALUATE_AGAIN, NOTHING_TO_TRAIN, ZERO_STEPS
+from zo_lightning.engine.advice import (
+    FORGOTTEN,
+    NO_DIFFERENCE,
+    NO_LOSS,
+    NOT_TO_EVALUATE_AGAIN,
+    NOTHING_TO_TRAIN,
+    TOO_FEW_POINTS,
+    ZERO_STEPS,
+)
 from zo_lightning.engine.backprop import NO_GRAPH, Backprop, Tail, as_backprop
+from zo_lightning.engine.coordinates import Queries
 from zo_lightning.engine.estimators import Estimator, Term
 from zo_lightning.engine.evaluation import Closure, Evaluated, Evaluator, Muted, Task, a_loss
 from zo_lightning.engine.journal import Journal, StepRecord, Unrecorded
@@ -108,10 +117,10 @@ class ZOOptimizer(torch.optim.Optimizer):
         found, groups, given = split_input(params)
         self.module = module if module is not None else found
         self._names = {**(names_of(self.module) if self.module is not None else {}), **given}
-        self.noise = as_noise(noise)
         self.weights, self.seed = weights, seed
         self.rule = as_rule(update, clip)
         self.estimator = self.rule.measured_by(as_estimator(estimator))
+        self.noise = self.estimator.noise or as_noise(noise)
         self.progress = Progress(self.estimator, self.rule)
         self.safeguard = as_safeguard(safeguard)
         self.max_nonfinite = max_nonfinite
@@ -317,7 +326,7 @@ class ZOOptimizer(torch.optim.Optimizer):
                     return objective.observe(output, self.module, batch)
 
         task = Task(closure, window.own, residency, [], seed, muted, loss_of, observe, remember, self.estimator.tangents)
-        task = task._replace(graph=self.tail.graph(window, residency, self.module))
+        task = task._replace(coordinates=self.estimator.coordinates, graph=self.tail.graph(window, residency, self.module))
         if plan is not None:
             return recall.estimate(plan, self.estimator, self._evaluator, task, window, weight)
         task = task._replace(eps=self._eps_of(window))
@@ -445,8 +454,11 @@ class ZOOptimizer(torch.optim.Optimizer):
             if chosen is None:
                 self.masks.made(self.residency.trained)
 
-    def _new_window(self) -> Window:
-        points = self.progress.points(lambda query: self.noise.seed(self.seed, self.steps, query))
+    def _new_window(self, masks: Masks | None = None, progress: Progress | None = None) -> Window:
+        trained = [] if self.estimator.coordinates is None else self.residency.trained
+        points = (progress or self.progress).points(Queries(self.noise, self.seed, self.steps, trained, masks or self.masks))
+        if len(points) < self.exchange.mesh.perturbation:
+            raise ValueError(TOO_FEW_POINTS.format(parallel=self.exchange.mesh, points=len(points), estimator=self.estimator))
         return Window(points, [], self.exchange.mine(len(points)))
 
     def _eps_of(self, window: Window) -> list[float]:
@@ -464,6 +476,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         """(one value a point, the same on every rank, or None where there is none; the scores of an objective)."""
         if plan is not None:
             return None if self._idle < plan.idle else list(plan.values[: len(plan.values) - len(self.estimator.along)]), []
+        if window is None and self.estimator.coordinates is not None:
+            self._begin()  # the mask of the step, on which the number of points depends
         return self._measured(window or self._new_window(), searching=False)
 
     def _along(self, window: Window, plan: StepRecord | None, terms: list[Term], settings: Sequence[GroupSettings]) -> list[float]:
@@ -509,7 +523,7 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     def settings(self) -> list[GroupSettings]:
         """Learning rate, scale and decay of each group, as the next step would use them."""
-        return self._settings(self._window or self._new_window(), None)
+        return self._settings(self._window or Window([], [], range(0)), None)
 
     def _settings(self, window: Window, plan: StepRecord | None) -> list[GroupSettings]:
         still = self.masks.measures(self.steps) or self.progress.estimator.measures

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from zo_lightning.engine.backprop import Backprop, as_backprop
-from zo_lightning.engine.estimators import ESTIMATORS, SPSA, Estimator
+from zo_lightning.engine.estimators import ESTIMATORS, SPSA, Estimator, Ways
 from zo_lightning.engine.masks import Mask
 from zo_lightning.engine.messages import check_number, choose
-from zo_lightning.engine.noise import Noise, Rademacher, as_noise
+from zo_lightning.engine.noise import Basis, Noise, Rademacher, as_noise
 from zo_lightning.engine.noise.rounding import rounds
 from zo_lightning.engine.objectives import Objective
 from zo_lightning.engine.parallel import Mesh, mesh_of
@@ -76,6 +76,16 @@ class EngineOptions:
             mesh_of(self.parallel)
         noise, rule = as_noise(self.noise), as_rule(self.update, self.clip)
         estimator = rule.measured_by(as_estimator(self.estimator))
+        if estimator.noise is not None and self.noise != "rademacher" and not isinstance(self.noise, Basis):
+            raise ValueError(
+                f"Invalid noise: {self.noise!r} does nothing with estimator={estimator!r}, whose points are not random. Leave noise out."
+            )
+        if estimator.noise is None and isinstance(self.noise, Basis):
+            raise ValueError(
+                f"Invalid noise: {self.noise!r} with estimator={estimator!r}. It is for Coordinatewise(), which brings it along."
+            )
+        if estimator.coordinates is not None:
+            self._validate_coordinates(estimator, estimator.coordinates)
         if estimator.tangents and self.objective is not None:
             raise ValueError(
                 f"Invalid estimator: {estimator!r} with objective={self.objective!r}: it differentiates the loss, and others have no "
@@ -126,6 +136,8 @@ class EngineOptions:
         problem = None
         if estimator.tangents:
             problem = f"estimator={estimator!r}, whose evaluations are in forward mode: use SPSA() or OneSided()"
+        elif estimator.coordinates is not None:
+            problem = f"estimator={estimator!r}, which evaluates every weight by itself: use SPSA() or OneSided()"
         elif estimator.remembers:
             problem = f"estimator={estimator!r}, half of whose points lie at an anchor, which the last layers have none of: use SPSA()"
         elif isinstance(self.weights, Offload):
@@ -134,6 +146,17 @@ class EngineOptions:
             problem = f"objective={self.objective!r}, which evaluates no loss whose gradient could be taken; use one that reads the output"
         if problem:
             raise ValueError(f"Invalid backprop: {self.backprop!r} with {problem}, or leave backprop out.")
+
+    def _validate_coordinates(self, estimator: Estimator, ways: Ways) -> None:
+        if isinstance(self.weights, Offload):
+            raise ValueError(
+                f"Invalid weights: {self.weights!r} with estimator={estimator!r}, which writes single weights in memory. Use "
+                'weights="auto", or SPSA() with streamed weights.'
+            )
+        if ways.batch > 1 and self.objective is not None:
+            raise ValueError(
+                f"Invalid batch: {ways.batch} with objective={self.objective!r}, which is observed at one point after another. Use batch=1."
+            )
 
     def build(
         self, params: Any, *, module: nn.Module | None = None, lr: float | None = None, weight_decay: float | None = None
@@ -209,6 +232,8 @@ def check_rule(rule: UpdateRule, residency: Residency) -> None:
 
 def check_estimator(estimator: Estimator, residency: Residency) -> None:
     """ValueError where an estimator can't be used with these weights."""
+    if estimator.coordinates is not None and any(p.region is not None for p in residency.trained):
+        raise ValueError(f"Invalid estimator: {estimator!r} with sharded weights, of which no process has all. Use SPSA().")
     if estimator.tangents:
         if any(p.region is not None for p in residency.trained):
             raise ValueError(f"Invalid estimator: {estimator!r} with sharded weights, which have no tangents here. Use SPSA().")

@@ -37,6 +37,16 @@ class HostState:
         if self._numpy:
             self._numpy.random.seed(seed % (1 << 32))
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, HostState):
+            return NotImplemented
+        (ours, our_cuda, python, numpy), (theirs, their_cuda, other_python, other_numpy) = self._saved, other._saved
+        states = [(ours, theirs), *zip(our_cuda, their_cuda, strict=True)]
+        same_numpy = numpy is other_numpy if numpy is None or other_numpy is None else _same_numpy(numpy, other_numpy)
+        return all(torch.equal(a, b) for a, b in states) and python == other_python and same_numpy
+
+    __hash__ = None  # type: ignore[assignment]
+
     def restore(self) -> None:
         """Put the host's states back."""
         torch_state, cuda_states, python_state, numpy_state = self._saved
@@ -46,6 +56,11 @@ class HostState:
         random.setstate(python_state)
         if self._numpy:
             self._numpy.random.set_state(numpy_state)
+
+
+def _same_numpy(a: Any, b: Any) -> bool:
+    """Of two `numpy.random.get_state()`."""
+    return all(bool((x == y).all()) if hasattr(x, "all") else x == y for x, y in zip(a, b, strict=True))
 
 
 @contextmanager

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from zo_lightning.engine.advice import NOT_SAVED_HERE
+from zo_lightning.engine.masks import Masks
 from zo_lightning.engine.options import check_group
 from zo_lightning.engine.progress import Progress
 from zo_lightning.engine.shards import is_sharded, part, whole
-from zo_lightning.engine.window import Window
 
 if TYPE_CHECKING:
     from zo_lightning.engine.optimizer import ZOOptimizer
@@ -117,8 +118,19 @@ def check(optimizer: ZOOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         check_group(group)
     own = _own_window(optimizer, zo["window"])
     if own is not None:
-        Window(progress.points(lambda query: query), [], range(0)).load_state_dict(own)
+        optimizer._new_window(_masks_of(optimizer, zo), progress).load_state_dict(own)
     return {**zo, "window": own}
+
+
+def _masks_of(optimizer: ZOOptimizer, zo: dict[str, Any]) -> Masks:
+    """Those that a state has."""
+    masks = Masks(optimizer.masks.mask)
+    masks.load_state_dict(zo["masks"], _devices(optimizer))
+    return masks
+
+
+def _devices(optimizer: ZOOptimizer) -> dict[int, torch.device]:
+    return {p.key: p.tensor.device for p in optimizer._trained()}
 
 
 def load(optimizer: ZOOptimizer, zo: dict[str, Any]) -> None:
@@ -129,7 +141,7 @@ def load(optimizer: ZOOptimizer, zo: dict[str, Any]) -> None:
     optimizer._evaluator.count, optimizer._idle = zo["forward_passes"], zo["idle"]
     optimizer.masters.load_state_dict(_own_masters(optimizer, zo["masters"]))
     optimizer.tail.load_state_dict(zo.get("backprop"))
-    optimizer.masks.load_state_dict(zo["masks"], {p.key: p.tensor.device for p in optimizer._trained()})
+    optimizer.masks.load_state_dict(zo["masks"], _devices(optimizer))
     optimizer.progress.load_state_dict(zo["progress"])
     if optimizer.safeguard is not None and zo["safeguard"] is not None:
         optimizer.safeguard.load_state_dict(zo["safeguard"])

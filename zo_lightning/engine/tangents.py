@@ -64,18 +64,18 @@ def showing(module: nn.Module | None, trained: Sequence[Trained], tangents: Mapp
     duals: dict[int, Tensor] = {}
     owners = {id(place.owner): place.owner for place in places}
     recurrent = any(isinstance(owner, nn.RNNBase) for owner in owners.values())
-    with uncompiled(trained), forward_ad.dual_level(), _in_parts(recurrent):
+    with uncompiled(trained), forward_ad.dual_level(), in_parts(recurrent):
         for p in trained:
             if id(p) in tangents:
                 duals[id(p)] = forward_ad.make_dual(p.tensor.detach(), tangents[id(p)])
         originals = [place.owner._parameters[place.name] for place in places]
-        read = _Read({id(alias): p.name for p in trained for alias in p.aliases if id(p) in tangents})
+        read = Read({id(alias): p.name for p in trained for alias in p.aliases if id(p) in tangents})
         try:
             for place in places:
                 if id(place.parameter) in duals:
                     place.owner._parameters[place.name] = duals[id(place.parameter)]  # type: ignore[assignment]
             for owner in owners.values():
-                _refresh(owner)
+                refresh(owner)
             if watching:
                 with read:
                     yield
@@ -89,7 +89,7 @@ def showing(module: nn.Module | None, trained: Sequence[Trained], tangents: Mapp
             for place, original in zip(places, originals, strict=True):
                 place.owner._parameters[place.name] = original
             for owner in owners.values():
-                _refresh(owner)
+                refresh(owner)
 
 
 @cache
@@ -102,7 +102,7 @@ def _prepared() -> None:
 
 
 @contextmanager
-def _in_parts(recurrent: bool) -> Iterator[None]:
+def in_parts(recurrent: bool) -> Iterator[None]:
     """Attention and transformer layers, and `recurrent` ones where there are any, run as operations that have derivatives."""
     fast, onednn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
     try:
@@ -131,13 +131,13 @@ def slope_of(loss: Any) -> tuple[Any, Tensor]:
     return primal, tangent
 
 
-def _refresh(owner: nn.Module) -> None:
+def refresh(owner: nn.Module) -> None:
     """Recurrent layers keep a list of their weights."""
     if isinstance(owner, nn.RNNBase):
         owner._flat_weights = [getattr(owner, name, None) for name in owner._flat_weights_names]
 
 
-class _Read(TorchFunctionMode):
+class Read(TorchFunctionMode):
     """Raises where an operation gets one of the parameters themselves, and makes a tensor of it."""
 
     def __init__(self, names: Mapping[int, str]) -> None:

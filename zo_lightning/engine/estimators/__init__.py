@@ -1,7 +1,8 @@
 """Estimators: where to evaluate the objective in a step, and what the values mean as terms of a gradient estimate. One file a method."""
 
-from zo_lightning.engine.estimators.base import ADDED, Displacement, Estimator, EstimatorState, Term
+from zo_lightning.engine.estimators.base import ADDED, Displacement, Estimator, EstimatorState, Term, Ways
 from zo_lightning.engine.estimators.conservative import Conservative
+from zo_lightning.engine.estimators.coordinatewise import Coordinatewise
 from zo_lightning.engine.estimators.curvature import Curvature
 from zo_lightning.engine.estimators.fitness import FITNESS, centred_ranks, z_scores
 from zo_lightning.engine.estimators.forward_gradient import ForwardGradient
@@ -11,7 +12,7 @@ from zo_lightning.engine.estimators.spsa import SPSA
 from zo_lightning.engine.estimators.svrg import SVRG
 
 ESTIMATORS: dict[str, type[Estimator]] = {
-    method.name: method for method in (SPSA, OneSided, Curvature, ForwardGradient, Conservative, RankSGD, SVRG)
+    method.name: method for method in (SPSA, OneSided, Curvature, ForwardGradient, Conservative, RankSGD, SVRG, Coordinatewise)
 }
 """By the names that `estimator=` and step logs use."""
 
@@ -22,6 +23,7 @@ __all__ = [
     "SPSA",
     "SVRG",
     "Conservative",
+    "Coordinatewise",
     "Curvature",
     "Displacement",
     "Estimator",
@@ -30,6 +32,7 @@ __all__ = [
     "OneSided",
     "RankSGD",
     "Term",
+    "Ways",
     "centred_ranks",
     "z_scores",
 ]

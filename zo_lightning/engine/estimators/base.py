@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from zo_lightning.engine.noise import Change
     from zo_lightning.engine.updates import GroupSettings
 
+from zo_lightning.engine.noise import Noise
+
 T = TypeVar("T")
 ADDED = "added"
 """In the metadata of an option's field: it came later, and step logs that were written before do not have it."""
@@ -30,6 +32,13 @@ class Term(NamedTuple):
     curvature: float = 0.0
 
 
+class Ways(NamedTuple):
+    """How points of one weight each are evaluated: whether with recorded features, and how many of a parameter in one evaluation."""
+
+    reuse: bool
+    batch: int
+
+
 class Estimator(ABC):
     """Two pure functions: `points(seeds)` and `terms(points, values)`. Where earlier steps count, its state has others, as many points."""
 
@@ -46,6 +55,11 @@ class Estimator(ABC):
     def begin(self) -> EstimatorState:
         """The state of a run that has made no step."""
         return EstimatorState(self)
+
+    noise: Noise | None = None
+    """What the seeds of its points are seeds of, where that is no choice."""
+    coordinates: Ways | None = None
+    """How its points are evaluated where each displaces a single weight, of those that `seeds.coordinates()` lists (coordinates.py)."""
 
     @abstractmethod
     def points(self, seeds: Callable[[int], int]) -> list[Displacement]:

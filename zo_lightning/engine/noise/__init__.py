@@ -1,6 +1,7 @@
 """Noise as a function: z[i] = noise(seed, parameter key, i), and the kernels that add it to weights."""
 
 from zo_lightning.engine.noise.base import Elementwise, Noise
+from zo_lightning.engine.noise.basis import Basis
 from zo_lightning.engine.noise.changes import Change, Weights, apply_changes
 from zo_lightning.engine.noise.gaussian import Gaussian
 from zo_lightning.engine.noise.low_rank import LowRank
@@ -12,6 +13,7 @@ from zo_lightning.engine.noise.sweep import Item, joins, sweep, sweep_both
 
 __all__ = [
     "NOISES",
+    "Basis",
     "Change",
     "Elementwise",
     "Gaussian",

@@ -53,10 +53,19 @@ class Shaped(Noise):
         wide = torch.zeros((), dtype=dtype, device=place.device)
         return total_of((self.values(seed, place, where) for seed in seeds), coefficients, wide)
 
+    def touched(self, seeds: Sequence[int], key: int) -> Tensor | None:
+        """The elements of a parameter, ascending, outside of which all these are 0; None where there is no such list."""
+        return None
+
 
 def shaped(item: Item, seeds: Sequence[int], drawn: Drawn, noise: Shaped) -> None:
     """out <- decay * base + sum_j c_j z(seeds[j]) for one tensor; `drawn` has the key of its rounding alone."""
-    if item.places is not None or isinstance(item.mask, Listed):
+    touched = noise.touched(seeds, item.key) if item.decay == 1.0 and (item.places, item.rows, item.region) == (None, None, None) else None
+    if touched is not None:
+        touched = touched.to(item.base.device)
+        keep = None if item.mask is None else item.mask.at(touched, take(item.base, touched))
+        _listed(item, seeds, drawn, noise, touched if keep is None else touched[keep])
+    elif item.places is not None or isinstance(item.mask, Listed):
         _listed(item, seeds, drawn, noise, item.mask.index if item.places is None else item.places)  # type: ignore[union-attr]
     elif item.region is not None:
         _region(item, seeds, drawn, noise, item.region)

@@ -94,7 +94,7 @@ class Processes(Exchange):
 
     def widened(self, estimator: Estimator) -> Estimator:
         wide = estimator.times(self.mesh.seeds) if self.mesh.seeds > 1 else estimator
-        points = len(estimator.points(lambda query: query))
+        points = 0 if estimator.coordinates else len(estimator.points(lambda query: query))
         for count, what in ((points, "points"), (len(estimator.along), "lengths of its line search")):
             if count and count < self.mesh.perturbation:
                 raise ValueError(
@@ -102,7 +102,7 @@ class Processes(Exchange):
                     "and some would have none. Use more queries, or fewer processes for perturbation and more for data or seeds."
                 )
         most = max(len(self.mesh.mine(rank, points * self.mesh.seeds)) for rank in range(self.world_size))
-        self._width = 3 + max(most, len(estimator.along))
+        self._width = 3 + max(1, most, len(estimator.along))
         return wide
 
     def mine(self, points: int) -> range:
@@ -112,9 +112,13 @@ class Processes(Exchange):
 
     def values(self, totals: Sequence[Tensor] | None, points: int, moved: bool = False, seen: int = 0) -> list[float] | None:
         own = [] if totals is None else torch.stack([total.to(totals[0].device) for total in totals]).tolist()
-        rows = self._meet(PRESENT if own else ABSENT, [float(moved), float(seen), *own])
+        most = max(len(self.mesh.mine(rank, points)) for rank in range(self.world_size))
+        many = 3 + most > self._width  # where a mask tells how many there are
+        rows = self._meet(PRESENT if own else ABSENT, [float(moved), float(seen), *([] if many else own)])
         if not any(row[0] == PRESENT for row in rows):
             return None
+        if many:
+            rows = [[*row[:3], *more] for row, more in zip(rows, self._every([*own, *[0.0] * (most - len(own))]), strict=True)]
         self.moved = any(row[1] for row in rows)
         sums, owners = [0.0] * points, [0] * points
         for rank, row in enumerate(rows):
@@ -234,21 +238,11 @@ class Processes(Exchange):
         """[state, numbers of that rank, filled up with 0] of every rank. PeerError where one of them ended or raised."""
         mine = torch.zeros(self._width, dtype=torch.float64)  # of one size, for ranks may have come for different reasons
         mine[: 1 + len(numbers)] = torch.tensor([state, *numbers], dtype=torch.float64)
-        mine = mine.to(self.device)
-        every = [torch.empty_like(mine) for _ in range(self.world_size)]
-        try:
-            self._wait(dist.all_gather(every, mine, group=self.group, async_op=True))
-        except RuntimeError as error:
-            raise PeerError(
-                f"Rank {self.rank} did not get the losses of the other {self.world_size - 1}: one of them died, or did not come within "
-                f"{self.timeout}. ({error})"
-            ) from error
+        rows = self._every(mine.tolist())
         now = time.monotonic()
         self._longest, self._met = max(self._longest, now - self._met), now
         self._over = self._over and state in (ENDED, FAILED)  # who goes on after an error has not stopped
         self.meetings += 1
-        self.sent += mine.numel() * mine.element_size()
-        rows: list[list[float]] = torch.stack(every).tolist()
         states = [int(row[0]) for row in rows]
         if FAILED in states:
             raise PeerError(f"Rank {states.index(FAILED)} stopped, and so do all: {self._words(states.index(FAILED), words)}")
@@ -265,6 +259,21 @@ class Processes(Exchange):
                     f"Rank {rank} {what} where rank 0 {doing[0]}: they run different code, or one has come to the end of its data. Give "
                     "all ranks the same script and callbacks, and equally many batches."
                 )
+        return rows
+
+    def _every(self, numbers: Sequence[float]) -> list[list[float]]:
+        """Equally many numbers of every rank. PeerError where one does not come."""
+        mine = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        every = [torch.empty_like(mine) for _ in range(self.world_size)]
+        try:
+            self._wait(dist.all_gather(every, mine, group=self.group, async_op=True))
+        except RuntimeError as error:
+            raise PeerError(
+                f"Rank {self.rank} did not get the losses of the other {self.world_size - 1}: one of them died, or did not come within "
+                f"{self.timeout}. ({error})"
+            ) from error
+        self.sent += mine.numel() * mine.element_size()
+        rows: list[list[float]] = torch.stack(every).tolist()
         return rows
 
     def _words(self, rank: int, mine: bytes) -> str:

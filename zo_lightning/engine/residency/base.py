@@ -16,6 +16,7 @@ from zo_lightning.engine.noise.changes import apply_through, hold, materialized,
 from zo_lightning.engine.noise.members import Members
 from zo_lightning.engine.parameters import Trained
 from zo_lightning.engine.residency.masters import Masters
+from zo_lightning.engine.residency.swap import Swap
 from zo_lightning.engine.shards import device_of
 from zo_lightning.engine.signals import held
 
@@ -51,6 +52,18 @@ class Residency(ABC):
     @abstractmethod
     def at(self, point: Displacement, eps: Sequence[float]) -> AbstractContextManager[None]:
         """Inside it, forward passes see theta + sum_j m_j eps z(s_j); `eps` has one value a group."""
+
+    @contextmanager
+    def swapped(self, swap: Swap) -> Iterator[None]:
+        """Inside it, forward passes see the elements of `swap` displaced, in the weights themselves."""
+        with self.still():
+            try:
+                with held():
+                    swap.leave()
+                yield
+            finally:
+                with held():
+                    swap.home()
 
     def expect(self, points: Sequence[Displacement]) -> None:  # noqa: B027
         """In the session that has begun, `at` will be called for these, in this order."""

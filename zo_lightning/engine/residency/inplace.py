@@ -116,15 +116,17 @@ class InPlace(Residency):
                 apply_through(moving, change, self.noise, {p.key: mask for p in moving if (mask := self._mask(p)) is not None})
             return
         back = self._here
-        every = list(dict.fromkeys([*back, *change.seeds]))
+        every = list(dict.fromkeys([*back, *change.seeds])) if back else list(change.seeds)
         items = []
         for p in self.moving(self.trained):
             decay, coefficients = step_of(change, p)
-            total = {seed: -decay * multiple * eps_of(p, self._eps) for seed, multiple in back.items()}
-            for seed, c in zip(change.seeds, coefficients, strict=True):
-                total[seed] = total.get(seed, 0.0) + c
+            if back:
+                total = {seed: -decay * multiple * eps_of(p, self._eps) for seed, multiple in back.items()}
+                for seed, c in zip(change.seeds, coefficients, strict=True):
+                    total[seed] = total.get(seed, 0.0) + c
+                coefficients = tuple(total.get(seed, 0.0) for seed in every)
             weights = p.tensor.detach()
-            item = Item(weights, weights, p.key, decay, tuple(total.get(seed, 0.0) for seed in every), mask=self._mask(p), region=p.region)
+            item = Item(weights, weights, p.key, decay, coefficients, mask=self._mask(p), region=p.region)
             if decay != 1.0 or any(item.coefficients):
                 items.append(item)
         with self.still(), held():

@@ -129,6 +129,17 @@ class OnScratch(Residency):
             if not self._in_session:
                 self._go_home()
 
+    @contextmanager
+    def swapped(self, swap: Swap) -> Iterator[None]:
+        with self._turns.turn():
+            try:
+                with held(), _without_modes():
+                    self._lane.swap = swap
+                    swap.leave()
+                yield
+            finally:
+                self._go_home()
+
     def _go_home(self) -> None:
         with held(), _without_modes():
             swap, self._lane.swap = self._lane.swap, None

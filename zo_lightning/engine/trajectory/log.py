@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from zo_lightning.engine.journal import StepRecord
+from zo_lightning.engine.noise import Basis
 from zo_lightning.engine.trajectory.columns import is_export
 from zo_lightning.engine.trajectory.encoding import decode
 from zo_lightning.engine.trajectory.frames import MAGIC, Damage, LogError, Torn, frames
@@ -48,7 +49,8 @@ class History:
     def _admit_step(self, record: StepRecord, segment: Segment) -> None:
         if record.step != self.next_step:
             raise ValueError(f"step {record.step} comes where step {self.next_step} is next: a log only goes on, without gaps")
-        if self.points not in (None, len(record.values)):
+        changing = segment.noise == Basis.name  # a point for each element of a mask, of which there may be more or less
+        if self.points not in (None, len(record.values)) and not changing:
             raise ValueError(f"a step has {len(record.values)} values, those before it have {self.points}")
         if len(record.settings) < self.groups:
             raise ValueError(f"a step has settings of {len(record.settings)} groups; the parameters are in more")

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zo_lightning.engine.coordinates import Queries
 from zo_lightning.engine.estimators import ESTIMATORS, Displacement, Estimator
 from zo_lightning.engine.journal import StepRecord
 from zo_lightning.engine.line_search import at_best
 from zo_lightning.engine.masks import Masks
 from zo_lightning.engine.masks.rules import Chosen
 from zo_lightning.engine.messages import say_once
-from zo_lightning.engine.noise import Change, Noise, apply_changes
+from zo_lightning.engine.noise import Basis, Change, Noise, apply_changes
 from zo_lightning.engine.noise.changes import apply_through, moves
 from zo_lightning.engine.noise.compiling import available
 from zo_lightning.engine.parameters import Trained
@@ -50,8 +51,9 @@ class Stepper:
     def apply(self, records: Sequence[StepRecord]) -> None:
         """Make these steps, in batches that signals do not interrupt."""
         with torch.inference_mode(False), torch.no_grad():
-            for begin in range(0, len(records), BATCH):
-                batch = records[begin : begin + BATCH]
+            size = BATCH if self._estimator.coordinates is None else 1  # whose points may depend on the weights, by their mask
+            for begin in range(0, len(records), size):
+                batch = records[begin : begin + size]
                 with held():
                     if self._segment.residency == "inplace":
                         self._in_place(batch)
@@ -71,7 +73,7 @@ class Stepper:
             optimizer.masks.take(self._masks.chosen)
 
     def _points(self, record: StepRecord) -> list[Displacement]:
-        points = self._progress.points(lambda query: self._noise.seed(self._segment.seed, record.step, query))
+        points = self._progress.points(Queries(self._noise, self._segment.seed, record.step, self._trained, self._masks))
         expected = len(points) + len(self._estimator.along)
         if expected != len(record.values):
             raise ValueError(
@@ -127,7 +129,7 @@ def build(what: str, table: Mapping[str, object], part: Options) -> Any:
 
 def say_if_not_exact(segment: Segment, trained: Sequence[Trained]) -> None:
     """Gaussian noise takes logarithms and sines, whose last bits differ between kernels."""
-    if segment.noise == "rademacher":
+    if segment.noise in ("rademacher", Basis.name):
         return
     device = trained[0].tensor.device.type
     here = {"compiled kernels": available(device), "device": device, "torch": torch.__version__}

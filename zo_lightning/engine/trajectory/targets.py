@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from torch import Tensor, nn
 
-from zo_lightning.engine.noise import NOISES, Noise, as_noise
+from zo_lightning.engine.noise import NOISES, Basis, Noise, as_noise
 from zo_lightning.engine.parameters import Trained, canonical_names, collect, names_of
 from zo_lightning.engine.seeds import parameter_key
 from zo_lightning.engine.shards import is_sharded
@@ -86,6 +86,8 @@ def noise_of(target: Target, segment: Segment) -> Noise:
     optimizer = as_optimizer(target)
     if optimizer is not None and optimizer.noise.text == segment.noise:
         return optimizer.noise
+    if segment.noise == Basis.name:  # no choice of a user's: the estimator brings it along
+        return Basis()
     try:
         return as_noise(segment.noise)
     except ValueError as error:
