@@ -19,6 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from zo_lightning.engine import Coordinatewise, ZOOptimizer
 from zo_lightning.engine.masks import Mask
+from zo_lightning.engine.parameters import names_of
 
 WAYS = {
     "plain": Coordinatewise(reuse=False),
@@ -32,10 +33,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--depths", type=int, nargs="+", default=[4, 12, 24], help="layers of the nets")
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=4, help="rows of a batch, for GPT-2 sequences of 32 tokens")
-    parser.add_argument("--each", type=int, default=2, help="coordinates of each weight matrix")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=2, help="rows of a batch, for GPT-2 sequences of 32 tokens")
+    parser.add_argument("--each", type=int, default=4, help="coordinates of each weight matrix")
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, default=None, help="write the result to this file")
     return parser.parse_args(arguments)
@@ -70,9 +71,10 @@ def measured(name: str, depth: int, options: argparse.Namespace) -> dict[str, An
     for way, estimator in WAYS.items():
         torch.manual_seed(0)
         net, loss = NETS[name](depth, options)
-        for part, p in net.named_parameters():
-            p.requires_grad_(p.dim() > 1 and "wte" not in part and "wpe" not in part)
-        density = {part: min(1.0, options.each / p.numel()) for part, p in net.named_parameters() if p.requires_grad}
+        names = names_of(net)
+        for p in net.parameters():
+            p.requires_grad_(p.dim() > 1 and names[id(p)] not in ("wte.weight", "wpe.weight"))
+        density = {names[id(p)]: min(1.0, options.each / p.numel()) for p in net.parameters() if p.requires_grad}
         optimizers[way] = ZOOptimizer(net, lr=0.0, eps=1e-3, estimator=estimator, mask=Mask("random", density), safeguard=None)
         contenders[way] = stamps(partial(optimizers[way].step, partial(loss, net)), "cpu")
     seconds = interleaved(contenders, options.rounds, 1)

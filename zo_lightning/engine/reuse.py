@@ -189,7 +189,7 @@ class Reuse:
             say_once(
                 "reuse.differs",
                 f"Features are not reused from now on: a displacement of {p.name!r} had another loss with them than without. The model "
-                "keeps something between module calls, or draws numbers from a generator of its own. Coordinatewise(reuse=False) says nothing.",
+                "keeps something between module calls, or has a generator of its own. Coordinatewise(reuse=False) says nothing.",
             )
 
     def _around(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
