@@ -15,7 +15,7 @@ from reference.spsa import Settings, noise_like, spsa_step
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from zo_lightning.engine import SPSA, Term, UpdateRule, ZOOptimizer
+from zo_lightning.engine import SPSA, Coordinatewise, Term, UpdateRule, ZOOptimizer
 from zo_lightning.engine.estimators import centred_ranks, z_scores
 from zo_lightning.engine.updates import SGD, GroupSettings
 
@@ -238,3 +238,16 @@ def test_with_one_query_fitness_is_the_sign_whatever_the_unit() -> None:
 def test_a_fitness_that_is_not_known() -> None:
     with pytest.raises(ValueError, match=r"fitness='rank' is not known\. Use one of 'values', 'ranks', 'z-scores'"):
         SPSA(4, fitness="rank")
+
+
+def test_an_estimator_that_is_set_later_is_the_one_that_evaluates() -> None:
+    model, data = mlp(), regression()
+    optimizer = ZOOptimizer(model, lr=1e-3, eps=1e-2)
+    optimizer.step(mean_square(model, data))
+    optimizer.estimator = SPSA(3)
+    optimizer.step(mean_square(model, data))
+    assert optimizer.report is not None
+    assert len(optimizer.report.values) == 6
+    with pytest.raises(ValueError, match=r"Invalid estimator: Coordinatewise.* Make a new ZOOptimizer"):
+        optimizer.estimator = Coordinatewise()
+    assert optimizer.estimator == SPSA(3)

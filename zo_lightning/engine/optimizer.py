@@ -119,7 +119,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         self._names = {**(names_of(self.module) if self.module is not None else {}), **given}
         self.weights, self.seed = weights, seed
         self.rule = as_rule(update, clip)
-        self.estimator = self.rule.measured_by(as_estimator(estimator))
+        self._estimator = self.rule.measured_by(as_estimator(estimator))
         self.noise = self.estimator.noise or as_noise(noise)
         self.progress = Progress(self.estimator, self.rule)
         self.safeguard = as_safeguard(safeguard)
@@ -203,9 +203,27 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     @exchange.setter
     def exchange(self, exchange: Exchange) -> None:
-        self.estimator = exchange.widened(self._narrow)
-        self.progress.estimate_by(self.estimator)
-        self._exchange, self._window, self._agreed = exchange, None, exchange.world_size == 1
+        self._estimate_by(exchange.widened(self._narrow))
+        self._exchange, self._agreed = exchange, exchange.world_size == 1
+
+    @property
+    def estimator(self) -> Estimator:
+        """Where the objective is evaluated, of all processes. Setting it begins with another one; ValueError where it can't be used here."""
+        return self._estimator
+
+    @estimator.setter
+    def estimator(self, estimator: Estimator) -> None:
+        narrow = self.rule.measured_by(estimator)
+        if narrow.noise is not self._narrow.noise:
+            raise ValueError(
+                f"Invalid estimator: {estimator!r} in the place of {self._narrow!r}, with other noise. Make a new ZOOptimizer."
+            )
+        self._estimate_by(self._exchange.widened(narrow))
+        self._narrow = narrow
+
+    def _estimate_by(self, estimator: Estimator) -> None:
+        self._estimator, self._window = estimator, None
+        self.progress.estimate_by(estimator)
 
     def forget(self) -> None:
         """Begin again from the weights alone, as a replay does: without float32 masters, and without what was remembered of steps."""

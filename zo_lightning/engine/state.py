@@ -20,7 +20,7 @@ VERSION = 1
 _COUNTERS = ("seed", "steps", "skipped_steps", "zero_difference_steps")
 
 COPIED = (
-    *("module", "noise", "estimator", "weights", "seed", "rule", "progress", "safeguard", "max_nonfinite", "report"),
+    *("module", "noise", "_estimator", "weights", "seed", "rule", "progress", "safeguard", "max_nonfinite", "report"),
     *("masters", "masks", "objective", "tail"),
     *("_exchange", "_narrow", "_agreed", "_factors"),
     *("steps", "skipped_steps", "zero_difference_steps", "_nonfinite_run", "_zero_run", "_window"),
