@@ -208,7 +208,7 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     @property
     def estimator(self) -> Estimator:
-        """Where the objective is evaluated, of all processes. Setting it begins with another one; ValueError where it can't be used here."""
+        """Where the objective is evaluated, of all processes. Setting it begins with another one; ValueError where it can't."""
         return self._estimator
 
     @estimator.setter
