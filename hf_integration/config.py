@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
@@ -75,6 +76,12 @@ class ZOArguments:
         host = getattr(super(), "__post_init__", None)
         if host is not None:
             host()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The host's, with options that are objects as their text: what its loggers and model cards write is JSON."""
+        found: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        plain = (str, bool, int, float, type(None))
+        return {name: repr(value) if name.startswith("zo_") and not isinstance(value, plain) else value for name, value in found.items()}
 
 
 @dataclass

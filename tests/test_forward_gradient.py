@@ -14,6 +14,7 @@ from engine_models import RESIDENCIES, LanguageModel, mean_square, mlp, regressi
 from lightning_models import HOST_WARNINGS, lit, loader, loss_of, net, state, trainer
 from reference.noise import whole
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from trajectory_tools import Recorder
 
 from zo_lightning import ZOStrategy
@@ -153,7 +154,7 @@ def test_along_basis_vectors_it_is_autograd() -> None:
         for index in range(0, p.numel, 7):
             basis = torch.zeros(p.numel, dtype=torch.float64)
             basis[index] = 1.0
-            with torch.no_grad(), showing(model, residency.trained, {id(p): basis.view(p.shape)}, watching=True):
+            with torch.no_grad(), showing(model, residency.trained, {id(p): basis.view(p.shape)}):
                 _, slope = slope_of(loss())
             assert float(slope) == pytest.approx(float(expected[p.name].flatten()[index]), rel=1e-9)
 
@@ -266,7 +267,7 @@ def doubled() -> None:
         (ValueError, lambda: step(mlp(), weights=Offload()), r"tangents of all trained weights are in memory at once"),
         (ValueError, lambda: ZOOptimizer([nn.Parameter(torch.ones(3))], lr=LR, estimator=ForwardGradient()).residency, r"is in none"),
         (RuntimeError, lambda: step(Cached()), r"'first.weight' is read by another name"),
-        (RuntimeError, doubled, r"has no forward-mode derivative: You must implement the jvp function.*attn_implementation"),
+        (RuntimeError, doubled, r"has no forward-mode derivative: You must implement the jvp function.* Use the estimator SPSA"),
         (RuntimeError, lambda: step(mlp(), lambda: 1.0), r"returned float, which has no derivative"),
         (RuntimeError, lambda: step(mlp(), lambda: torch.ones(())), r"The loss has no derivative with respect to the trained weights"),
     ],
@@ -288,3 +289,111 @@ def test_an_error_leaves_the_weights_where_they_were() -> None:
         step(model, loss)
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     assert same(snapshot(model), before)
+
+
+class Twice(nn.Module):
+    """Two layers; a subclass says what else happens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 1)
+        self.kept = [self.a.weight, self.b.weight]
+        self.calls = 0
+
+    def more(self, x: Tensor) -> Tensor:
+        return x.new_zeros(())
+
+    def first(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.a(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        out: Tensor = self.b(self.first(x))
+        return out.square().mean() + self.more(x)
+
+
+class InLists(Twice):
+    def more(self, x: Tensor) -> Tensor:
+        return torch.cat([self.kept[0], self.kept[0]]).square().sum()
+
+
+class Norms(Twice):
+    def more(self, x: Tensor) -> Tensor:
+        return torch.stack(torch._foreach_norm(self.kept)).sum()
+
+
+class Later(Twice):
+    def more(self, x: Tensor) -> Tensor:
+        return self.kept[0].square().sum() if self.calls > 2 else x.new_zeros(())
+
+
+class Reentrant(Twice):
+    def first(self, x: Tensor) -> Tensor:
+        return checkpoint(super().first, x, use_reentrant=True)  # type: ignore[no-any-return]
+
+
+class WithoutGradients(Twice):
+    def first(self, x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return super().first(x)
+
+
+class Nested(Twice):
+    def more(self, x: Tensor) -> Tensor:
+        return torch.func.jvp(torch.sin, (x.sum(),), (torch.ones(()),))[1]  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore:.*requires_grad=True. Gradients will be None:UserWarning")
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (InLists, "is read by another name"),
+        (Norms, "is read by another name"),
+        (Later, "'a.weight' is read by another name"),
+        (Reentrant, r"'a.weight' is read where forward-mode derivatives are off.*use_reentrant=False"),
+        (WithoutGradients, "'a.weight' is read where forward-mode derivatives are off"),
+        (Nested, r"An operation of the model has no forward-mode derivative: Nested forward mode AD.* Use the estimator SPSA\(\)"),
+    ],
+)
+def test_derivatives_that_would_be_missing(kind: type[Twice], said: str) -> None:
+    model, x = kind(), torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    optimizer = ZOOptimizer(model, lr=1e-3, estimator=ForwardGradient())
+
+    def train() -> None:
+        for _ in range(4):
+            optimizer.step(lambda: model(x))
+
+    with pytest.raises(RuntimeError, match=said):
+        train()
+
+
+def test_tables_whose_rows_are_shortened_when_they_are_read() -> None:
+    model = nn.Sequential(nn.Embedding(5, 3, max_norm=1.0), nn.Linear(3, 1))
+    optimizer = ZOOptimizer(model, lr=1e-3, estimator=ForwardGradient())
+    with pytest.raises(ValueError, match=r"'0.weight' is a table with max_norm=1.0.*Leave max_norm out"):
+        optimizer.step(lambda: model(torch.tensor([1, 2])).square().mean())
+
+
+def test_eps_is_a_unit_also_in_16_bits() -> None:
+    slopes = []
+    for eps in (1e-8, 1e-3, 10.0):
+        model, (x, y) = mlp(dtype=torch.float16), regression(torch.float16)
+        optimizer = ZOOptimizer(model, lr=0.0, eps=eps, estimator=ForwardGradient())
+        optimizer.step(mean_square(model, (x, y)))
+        assert optimizer.report is not None
+        slopes.append(optimizer.report.values[0] / eps)
+    assert slopes[0] != 0
+    assert slopes == pytest.approx([slopes[0]] * 3, rel=1e-12)
+
+
+def test_a_loss_that_has_a_value_and_no_derivative() -> None:
+    model, data = mlp(), regression()
+    optimizer = ZOOptimizer(model, lr=1e-3, estimator=ForwardGradient(), max_nonfinite=2)
+
+    def train() -> None:
+        for _ in range(2):
+            optimizer.step(lambda: (model(data[0]) * 0).abs().sqrt().sum() + 1.0)
+
+    with pytest.raises(FloatingPointError, match=r"The derivative of the loss was not finite in 2 steps.* a square root or a norm at 0"):
+        train()

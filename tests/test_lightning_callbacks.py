@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from zo_lightning import ZOOptimizer, ZOStrategy
 from zo_lightning.callbacks import SparseMask
+from zo_lightning.engine import LowRank, Momentum, OneSided, TorchOptimizer
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in (*HOST_WARNINGS, "ignore:You defined a `validation_step` but have no")]
 
@@ -264,6 +265,33 @@ def test_command_line_interface(arguments: list[str], name: str, tmp_path: Path,
     assert engine.steps == 2
     assert engine.eps == (0.25 if len(arguments) == 3 else 1e-3)
     assert engine.param_groups[0]["lr"] == (0.5 if len(arguments) == 3 else 0.01)
+
+
+@pytest.mark.parametrize(
+    ("option", "given", "expected"),
+    [
+        ("update", ["class_path=zo_lightning.engine.Momentum", "init_args.window=3"], Momentum(window=3)),
+        ("update", ["class_path=zo_lightning.engine.TorchOptimizer", "init_args.optimizer=RMSprop"], TorchOptimizer("RMSprop")),
+        ("estimator", ["class_path=zo_lightning.engine.OneSided", "init_args.queries=2"], OneSided(2)),
+        ("noise", ["class_path=zo_lightning.engine.LowRank", "init_args.rank=3"], LowRank(3)),
+        ("noise", ["low_rank(rank=3)"], LowRank(3)),
+    ],
+)
+def test_objects_on_a_command_line(option: str, given: list[str], expected: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    monkeypatch.setattr("sys.argv", ["script.py"])
+    own = f"--trainer.strategy.init_args.{option}"
+    arguments = [f"{own}.{part}" if "_path=" in part or "init_args" in part else f"{own}={part}" for part in given]
+    common = "--trainer.accelerator=cpu --trainer.max_steps=1 --trainer.logger=false --trainer.enable_progress_bar=false".split()
+    common += ["--trainer.enable_checkpointing=false", "--trainer.enable_model_summary=false", "--trainer.strategy=zo_lightning.ZOStrategy"]
+    common += ["--trainer.strategy.init_args.lr=0.001"]
+    run = lightning("lightning.pytorch.cli").LightningCLI(
+        type("Fitted", (lit("lightning.pytorch"),), {"train_dataloader": lambda self: loader()}),
+        args=["fit", "--seed_everything=1", *common, *arguments],
+    )
+    engine = run.trainer.strategy.zo_optimizer
+    assert {"update": engine.rule, "estimator": engine.estimator, "noise": engine.noise}[option] == expected
 
 
 def test_fabric_takes_the_engine(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lightning_models import HOST_WARNINGS, Recorder, lit, loader, loss_of, net,
 
 from zo_lightning import ZOOptimizer, ZOStrategy
 from zo_lightning.callbacks import TrajectoryLog
-from zo_lightning.engine import Adam, HiZOO, Momentum, TorchOptimizer, UpdateRule
+from zo_lightning.engine import Adam, HiZOO, LowRank, Momentum, OneSided, TorchOptimizer, UpdateRule
 from zo_lightning.engine.trajectory import load_base, read_log, verify
 from zo_lightning.hf_integration import ZOConfig, ZOTrainer
 
@@ -96,3 +97,15 @@ def test_callbacks_report_as_before(tmp_path: Path) -> None:
     recorder = Recorder()
     trainer(tmp_path, strategy=ZOStrategy(lr=1e-3, update="adam", clip=0.5), max_steps=3, callbacks=[recorder]).fit(lit()(), loader())
     assert all(abs(report.projected_grad) <= 0.5 for report in recorder.reports)
+
+
+def test_objects_among_the_arguments_are_written_as_text(tmp_path: Path) -> None:
+    """Loggers write the arguments as JSON at the beginning of a run, and trainers save them."""
+    given = {"zo_update": TorchOptimizer("RMSprop", alpha=0.9), "zo_estimator": OneSided(2), "zo_noise": LowRank(3)}
+    args = hf_tools.arguments(tmp_path, ZOConfig, report_to="tensorboard", **given)
+    host = hf_tools.trainer(tmp_path, bert(), args=args)
+    host.train()
+    host.save_model(str(tmp_path / "saved"))
+    assert json.loads(args.to_json_string())["zo_noise"] == "LowRank(rank=3, refresh=50, orthogonal=False)"
+    assert args.zo_noise == LowRank(3)
+    assert torch.load(tmp_path / "saved" / "training_args.bin", weights_only=False).zo_update == given["zo_update"]

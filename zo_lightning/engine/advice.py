@@ -40,3 +40,9 @@ TOO_FEW_POINTS = (
     'Invalid parallel: "{parallel}" shares the {points} points of {estimator} among its processes, and some would have none. Train more '
     "weights, or use fewer processes for perturbation and more for data."
 )
+
+NOT_FINITE = "Lower eps or lr, use bfloat16 or float32, or look at the data."
+NO_SLOPE = (
+    "The loss itself was: an operation has no derivative where it was evaluated, such as a square root or a norm at 0. Add a small number "
+    "inside of it, or use the estimator SPSA(), which needs none."
+)

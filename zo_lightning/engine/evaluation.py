@@ -83,8 +83,6 @@ class Evaluator:
         """Whether the last evaluations took turns."""
         self._lockstep = Lockstep(module)
         self._reuse, self._stacked = Reuse(module), Stacked(module)
-        self._watched = False
-        """Whether a differentiated evaluation was seen to read all weights from their modules."""
 
     def evaluate(self, task: Task) -> Evaluated:
         """Evaluate at every point; no losses where the closure gives none.
@@ -170,7 +168,12 @@ class Evaluator:
         return Evaluated(first, losses, samples)
 
     def _derivatives(self, task: Task, host: HostState) -> Evaluated:
-        """The loss comes with its first derivative, and is evaluated by itself only where there is none."""
+        """The loss comes with its first derivative, and is evaluated by itself only where there is none.
+
+        Tangents are those of the largest eps being 1, so that they don't vanish in 16 bits.
+        """
+        unit = max(task.eps)
+        scales = [eps / unit for eps in task.eps]
         first: Any = None
         here: Tensor | None = None
         losses: list[Tensor | None] = []
@@ -178,17 +181,15 @@ class Evaluator:
             if not point and here is not None:
                 losses.append(here)
                 continue
-            tangents = task.residency.tangents(point, task.eps) if point else {}
-            watching = bool(point) and not self._watched
-            shown = showing(self.module, task.residency.trained, tangents, watching) if point else nullcontext()
+            tangents = task.residency.tangents(point, scales) if point else {}
+            shown = showing(self.module, task.residency.trained, tangents) if point else nullcontext()
             with task.around(index), shown:
                 output, _ = self._one(task, host)
                 loss = task.loss_of(output)
                 if loss is not None:
                     loss, slope = slope_of(loss) if point else (loss, None)
                     here = as_scalar(loss) if here is None else here
-                    losses.append(here if slope is None else as_scalar(slope))
-            self._watched = self._watched or watching
+                    losses.append(here if slope is None else as_scalar(slope) * unit)
             self.count += 1
             if index == 0:
                 first = output

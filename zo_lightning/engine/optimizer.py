@@ -17,6 +17,8 @@ from zo_lightning.engine.advice import (
     FORGOTTEN,
     NO_DIFFERENCE,
     NO_LOSS,
+    NO_SLOPE,
+    NOT_FINITE,
     NOT_TO_EVALUATE_AGAIN,
     NOTHING_TO_TRAIN,
     TOO_FEW_POINTS,
@@ -559,9 +561,12 @@ class ZOOptimizer(torch.optim.Optimizer):
         self._nonfinite_run = self._nonfinite_run + 1 if report.skipped else 0
         if self._nonfinite_run >= self.max_nonfinite:
             what = "loss" if self.objective is None else f"loss or {self.objective.name}"
+            advice = NOT_FINITE
+            if self.estimator.tangents and math.isfinite(self.estimator.loss(report.values)):
+                what, advice = "derivative of the loss", NO_SLOPE
             raise FloatingPointError(
                 f"The {what} was not finite in {self._nonfinite_run} steps in a row (last: {report.values}); max_nonfinite="
-                f"{self.max_nonfinite}. No update was made in them. Lower eps or lr, use bfloat16 or float32, or look at the data."
+                f"{self.max_nonfinite}. No update was made in them. {advice}"
             )
         self.zero_difference_steps += report.zero_difference
         self._zero_run = self._zero_run + 1 if report.zero_difference else 0

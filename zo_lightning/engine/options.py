@@ -18,7 +18,7 @@ from zo_lightning.engine.objectives import Objective
 from zo_lightning.engine.parallel import Mesh, mesh_of
 from zo_lightning.engine.residency import WEIGHTS, Offload, Residency
 from zo_lightning.engine.safeguard import Safeguard
-from zo_lightning.engine.tangents import places_of
+from zo_lightning.engine.tangents import check_tables, places_of
 from zo_lightning.engine.updates import RULES, SGD, GroupSettings, TorchOptimizer, UpdateRule
 
 if TYPE_CHECKING:
@@ -237,7 +237,7 @@ def check_estimator(estimator: Estimator, residency: Residency) -> None:
     if estimator.tangents:
         if any(p.region is not None for p in residency.trained):
             raise ValueError(f"Invalid estimator: {estimator!r} with sharded weights, which have no tangents here. Use SPSA().")
-        places_of(residency.module, residency.trained)
+        check_tables(places_of(residency.module, residency.trained))
 
 
 def as_safeguard(safeguard: str | Safeguard | None) -> Safeguard | None:

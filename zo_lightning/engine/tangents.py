@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -51,13 +52,23 @@ def places_of(module: nn.Module | None, trained: Sequence[Trained]) -> list[Plac
     return found
 
 
+def check_tables(places: Sequence[Place]) -> None:
+    """ValueError for embeddings that write their weights when they are read."""
+    for place in places:
+        if getattr(place.owner, "max_norm", None) is not None and isinstance(place.owner, (nn.Embedding, nn.EmbeddingBag)):
+            raise ValueError(
+                f"{place.parameter.name!r} is a table with max_norm={place.owner.max_norm!r}, whose rows are shortened in place when they "
+                "are read, and that has no forward-mode derivative. Leave max_norm out, freeze the table, or use the estimator SPSA()."
+            )
+
+
 @contextmanager
-def showing(module: nn.Module | None, trained: Sequence[Trained], tangents: Mapping[int, Tensor], watching: bool) -> Iterator[None]:
+def showing(module: nn.Module | None, trained: Sequence[Trained], tangents: Mapping[int, Tensor]) -> Iterator[None]:
     """Inside it the module has dual weights, with the `tangents` by id of their Trained; those without one are as they are.
 
-    Whole attention, transformer layers and recurrent cells that have no forward-mode derivative run as their parts. `watching` raises where
-    a weight is read elsewhere than in its module, so that its derivative would be missing. RuntimeError that says what to do where an
-    operation has no forward-mode derivative.
+    Whole attention, transformer layers and recurrent cells that have no forward-mode derivative run as their parts. RuntimeError that says
+    what to do where a weight is read elsewhere than in its module, or where forward mode is off, so that its derivative would be missing,
+    and where an operation has no forward-mode derivative.
     """
     _prepared()
     places = places_of(module, trained)
@@ -69,22 +80,22 @@ def showing(module: nn.Module | None, trained: Sequence[Trained], tangents: Mapp
             if id(p) in tangents:
                 duals[id(p)] = forward_ad.make_dual(p.tensor.detach(), tangents[id(p)])
         originals = [place.owner._parameters[place.name] for place in places]
-        read = Read({id(alias): p.name for p in trained for alias in p.aliases if id(p) in tangents})
+        names = {id(alias): p.name for p in trained for alias in p.aliases if id(p) in tangents}
+        shown = {id(dual): p.name for p in trained if (dual := duals.get(id(p))) is not None}
         try:
             for place in places:
                 if id(place.parameter) in duals:
                     place.owner._parameters[place.name] = duals[id(place.parameter)]  # type: ignore[assignment]
             for owner in owners.values():
                 refresh(owner)
-            if watching:
-                with read:
-                    yield
-            else:
+            with Read(names, shown):
                 yield
-        except NotImplementedError as error:
-            if not re.search("forward (mode )?AD", str(error)):
+        except (NotImplementedError, RuntimeError) as error:
+            if not re.search(_MISSING, str(error)):
                 raise
-            raise RuntimeError(_NO_DERIVATIVE.format(error=str(error).split(chr(10))[0])) from error
+            said = str(error).split(chr(10))[0]
+            advice = _EAGER if re.search("attention|sdp", said, re.IGNORECASE) else "Use"
+            raise RuntimeError(f"An operation of the model has no forward-mode derivative: {said} {advice} {_SPSA}") from error
         finally:
             for place, original in zip(places, originals, strict=True):
                 place.owner._parameters[place.name] = original
@@ -138,25 +149,43 @@ def refresh(owner: nn.Module) -> None:
 
 
 class Read(TorchFunctionMode):
-    """Raises where an operation gets one of the parameters themselves, and makes a tensor of it."""
+    """Raises where an operation makes a tensor of one of the parameters themselves, or of a dual weight where forward mode is off."""
 
-    def __init__(self, names: Mapping[int, str]) -> None:
+    def __init__(self, names: Mapping[int, str], shown: Mapping[int, str] = MappingProxyType({})) -> None:
         super().__init__()
-        self._names = names
+        self._names, self._shown = names, shown
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and getattr(func, "__name__", "") != "__get__":
-            for value in (*args, *(kwargs or {}).values()):
-                if isinstance(value, nn.Parameter) and id(value) in self._names:
+        if isinstance(result, (Tensor, tuple, list)) and getattr(func, "__name__", "") != "__get__":
+            off = not torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled()
+            for value in _tensors((args, kwargs)):
+                if id(value) in self._names:
                     raise RuntimeError(
                         f"{self._names[id(value)]!r} is read by another name than its module's attribute, so that its derivative would be "
                         "missing. Read it from the module that has it, or use the estimator SPSA()."
                     )
+                if off and id(value) in self._shown:
+                    raise RuntimeError(
+                        f"{self._shown[id(value)]!r} is read where forward-mode derivatives are off, so that its own would be missing: "
+                        "inside torch.inference_mode() or an autograd.Function, such as checkpoint(use_reentrant=True). Use "
+                        "use_reentrant=False, no activation checkpointing (there is no backward pass), or the estimator SPSA()."
+                    )
         return result
 
 
-_NO_DERIVATIVE = (
-    'An operation of the model has no forward-mode derivative: {error} Use eager attention (attn_implementation="eager") where it is '
-    "attention, or the estimator SPSA(), which needs no derivative."
-)
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Those in nested arguments of an operation."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for one in value:
+            yield from _tensors(one)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+
+
+_MISSING = "forward (mode )?AD|_efficientzerotensor"
+"""What errors of torch say of operations without a forward-mode derivative."""
+_SPSA = "the estimator SPSA(), which needs no derivative."
+_EAGER = 'Use eager attention (attn_implementation="eager"), or'

@@ -13,7 +13,8 @@ from zo_lightning.engine.estimators.blocks import InBlocks
 class ForwardGradient(InBlocks):
     """g = 1/n sum_i (z_i' grad L(theta)) z_i, each derivative by one evaluation in forward mode (Baydin et al., arXiv 2202.08587).
 
-    It is SPSA for eps -> 0: unbiased, without rounding of a difference, and eps only says how groups with other eps are moved beside each
+    It is SPSA for eps -> 0 where the loss is what its derivative says (not behind `.detach()`, as in straight-through estimators, where it
+    is autograd's gradient): unbiased, without rounding of a difference, and eps only says how groups with other eps are moved beside each
     other. An evaluation computes each operation and its derivative, and takes the memory of the tangents of weights and activations. The
     loss needs a derivative: no other objective is possible, nor an operation that PyTorch has no forward-mode derivative for. Attention
     runs as its parts.

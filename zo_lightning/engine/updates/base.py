@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -22,7 +23,7 @@ class GroupSettings:
 
 
 @dataclass(frozen=True)
-class UpdateRule:
+class UpdateRule(ABC):  # a base that is no dataclass: command lines (jsonargparse) then take any class of it
     """The options of a rule, which step logs record. A rule of the terms of the step alone has a `step`, others a state that they `begin`.
 
     `clip` bounds the absolute projected gradient of each query: QZO (arXiv 2505.13430) clips at 100. ValueError for one that is not > 0.
@@ -62,7 +63,7 @@ class UpdateRule:
         """The estimator that measures what the rule needs. ValueError where this one can't."""
         return estimator
 
-    def check(self, trained: Sequence[Trained]) -> None:
+    def check(self, trained: Sequence[Trained]) -> None:  # noqa: B027 (most have nothing to say)
         """ValueError where it can't train these parameters."""
 
     def step(self, terms: Sequence[Term], group: GroupSettings) -> tuple[float, tuple[float, ...]]:
