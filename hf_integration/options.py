@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ BACKPROP_LR = "backprop_lr"
 """Beside "backprop"."""
 NAMES = (*(f.name for f in dataclasses.fields(EngineOptions) if f.name not in ("mask", "objective")), *OF_ESTIMATOR, BACKPROP_LR)
 _TRUE, _FALSE, _NONE = ("true", "1", "yes"), ("false", "0", "no"), ("none", "null", "")
+_COMMA = re.compile(r",(?![^(]*\))")
+"""Between two options: not inside of brackets."""
 _READ = {"lr": float, "weight_decay": float, "eps": float, "clip": float, "seed": int, "max_nonfinite": int}
 _READ |= {"queries": int, BACKPROP_LR: float}
 
@@ -50,7 +53,7 @@ def read_optim_args(text: str | None) -> dict[str, Any]:
     Raises ``ValueError`` for a name that no option has and for a value that cannot be read.
     """
     options: dict[str, Any] = {}
-    for item in filter(None, (part.strip() for part in (text or "").split(","))):
+    for item in filter(None, (part.strip() for part in _COMMA.split(text or ""))):
         name, equals, value = (part.strip() for part in item.partition("="))
         if name not in NAMES or not equals:
             raise ValueError(f"optim_args has {item!r}. With optim='zo' it is a list like 'eps=1e-2,seed=1' of {', '.join(NAMES)}.")

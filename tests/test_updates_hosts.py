@@ -89,6 +89,8 @@ def test_wrong_names_are_said_where_they_are_given(tmp_path: Path) -> None:
     for make in (lambda: ZOStrategy(update="adagrad"), lambda: hf_tools.arguments(tmp_path, ZOConfig, zo_update="adagrad")):
         with pytest.raises(ValueError, match=r"update='adagrad' is not known. Use one of 'sgd', 'sign', 'momentum', 'adam'"):
             make()
+    args = hf_tools.arguments(tmp_path, optim_args="noise=low_rank(rank=3, refresh=7),eps=1e-2")
+    assert hf_tools.trainer(tmp_path, args=args, kind=ZOTrainer).create_optimizer().noise == LowRank(3, refresh=7)
     args = hf_tools.arguments(tmp_path, optim_args="update=momentum,eps=1e-2")
     assert isinstance(hf_tools.trainer(tmp_path, args=args, kind=ZOTrainer).create_optimizer().rule, Momentum)
 
