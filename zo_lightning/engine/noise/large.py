@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from zo_lightning.engine.noise.base import Drawn, Elementwise, compute_dtype, constants
+from zo_lightning.engine.noise.base import Drawn, Elementwise, coefficients_of, compute_dtype
 from zo_lightning.engine.noise.compiling import available
 from zo_lightning.engine.noise.dither import dither, dither_at
 from zo_lightning.engine.noise.flat import moved, total_of
@@ -98,12 +98,12 @@ def compiled(item: Item, out: Tensor, base: Tensor, start: int, drawn: Drawn, no
     if len(item.coefficients) == 1:
         c = item.coefficients[0]
         if drawn.rounded:
-            noise.add_rounded(out, base, drawn.key(0), drawn.rounding, start, constants((item.decay - 1.0, c), dtype, device), item.mask)
+            noise.add_rounded(out, base, drawn.key(0), drawn.rounding, start, coefficients_of((item.decay - 1.0, c), dtype, device), item.mask)
         else:
-            noise.add(out, base, drawn.key(0), start, constants((item.decay, c), dtype, device), item.mask)
+            noise.add(out, base, drawn.key(0), start, coefficients_of((item.decay, c), dtype, device), item.mask)
         return
     if out is base and 1 < drawn.terms <= noise.fuses and item.mask is None and not drawn.rounded:
-        noise.add_terms(base, drawn.keys, start, constants((item.decay, *item.coefficients), dtype, device))
+        noise.add_terms(base, drawn.keys, start, coefficients_of((item.decay, *item.coefficients), dtype, device))
         return
     for at in range(0, base.numel(), PACK):
         part = slice(at, at + PACK)
@@ -111,7 +111,7 @@ def compiled(item: Item, out: Tensor, base: Tensor, start: int, drawn: Drawn, no
         total = torch.zeros(piece.numel(), dtype=dtype, device=device)
         noise.accumulate(total, drawn.keys, start + at, item.coefficients)
         if drawn.rounded:
-            shrink = constants(item.decay - 1.0, dtype, device)
+            shrink = coefficients_of(item.decay - 1.0, dtype, device)
             settle(target, target if out is base else piece, total, drawn.rounding, start + at, shrink, item.mask)
         elif item.mask is None:
             target.copy_(moved(piece, item.decay, total, None, None, fused=True))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zo_lightning.engine.messages import check_count, check_flag
-from zo_lightning.engine.noise.base import Stretch, compute_dtype, constants
+from zo_lightning.engine.noise.base import Stretch, coefficients_of, compute_dtype
 from zo_lightning.engine.noise.compiling import kernel
 from zo_lightning.engine.noise.gaussian import Gaussian
 from zo_lightning.engine.noise.shaped import Place, Shaped, Where
@@ -76,7 +76,7 @@ class LowRank(Shaped):
             return False
         left, right = factors
         shape = (len(left), len(right))
-        scalars = constants((decay, c), compute_dtype(base.dtype), base.device)
+        scalars = coefficients_of((decay, c), compute_dtype(base.dtype), base.device)
         if out.data_ptr() == base.data_ptr():
             _add_(out.view(shape), left, right.t().contiguous(), scalars)
         else:

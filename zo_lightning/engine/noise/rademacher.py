@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from zo_lightning.engine.noise.base import Elementwise, Stretch, compute_dtype, constants, counters, layout, pieces
+from zo_lightning.engine.noise.base import Elementwise, Stretch, coefficients_of, compute_dtype, constants, counters, layout, pieces
 from zo_lightning.engine.noise.compiling import dispatch, kernel
 from zo_lightning.engine.noise.dither import BLOCK, Dithers, dither
 from zo_lightning.engine.noise.inside import Inside, chosen
@@ -137,7 +137,7 @@ class Rademacher(Elementwise):
         c0, owner = layout([(row, first // BLOCK, count // BLOCK) for row, first, count in stretches], device)
         rows = [row for row, _, _ in stretches]
         own = keys if rows == list(range(len(keys))) else keys[torch.tensor(rows, device=device)]
-        scalars = constants(tuple(map(tuple, steps)), dtype, device)
+        scalars = coefficients_of(tuple(map(tuple, steps)), dtype, device)
         words = torch.empty(2, len(c0), dtype=torch.int32, device=device)
         moved: Tensor = _add_streams(base.view(-1, 2, 32), words, c0, owner, own, scalars)
         return moved.view(len(steps), -1)
@@ -184,7 +184,7 @@ class Rademacher(Elementwise):
     def accumulate(self, total: Tensor, keys: Tensor, start: int, coefficients: Sequence[float]) -> None:
         for begin in range(0, len(keys), self.fuses):
             group = slice(begin, begin + self.fuses)
-            scales = constants(tuple(coefficients[group]), total.dtype, total.device)
+            scales = coefficients_of(tuple(coefficients[group]), total.dtype, total.device)
             for part, words in _several(total, keys[group], start):
                 _accumulate_(part, words, scales)
         whole = total.numel() // BLOCK * BLOCK
