@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -298,3 +299,18 @@ def test_a_compiler_that_fails_is_reported_once_with_its_reason(monkeypatch: pyt
     assert [warning.category for warning in said] == [ZOWarning]
     assert "RuntimeError: no such linker), so the noise kernels run eagerly" in str(said[0].message)
     assert "ZO_LIGHTNING_COMPILE=0" in str(said[0].message)
+
+
+@pytest.mark.parametrize("weights", ["inplace", "exact", "copy"])
+@pytest.mark.parametrize("noise", ["rademacher", "gaussian", "sphere"])
+def test_no_tensor_of_a_step_outlives_the_next_steps(noise: str, weights: str, compiler: None) -> None:
+    """Tiny ones that do lie between the large temporaries of every step, whose memory then can't be given back."""
+    model = torch.nn.Sequential(torch.nn.Linear(300, 300), torch.nn.Linear(300, 2))
+    optimizer = ZOOptimizer(model, 1e-3, eps=1e-3, noise=noise, weights=weights, safeguard=None)
+    found = []
+    for _ in range(2):
+        for _ in range(15):
+            optimizer.step(lambda: model(torch.ones(1, 300)).square().mean())
+        gc.collect()
+        found.append(sum(issubclass(type(each), Tensor) for each in gc.get_objects()))
+    assert found[1] <= found[0]

@@ -14,8 +14,10 @@ from reference.noise import query_seed, whole
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from zo_lightning.engine import SPSA, Curvature, HiZOO, LowRank, OneSided, ZOOptimizer
+from zo_lightning.engine import SPSA, Curvature, Gaussian, HiZOO, LowRank, OneSided, ZOOptimizer
 from zo_lightning.engine.masks import Mask
+from zo_lightning.engine.noise import Place
+from zo_lightning.engine.noise.preconditioned import Preconditioned
 from zo_lightning.engine.trajectory import Trajectory, replay
 
 Weights = dict[str, Tensor]
@@ -135,6 +137,25 @@ def test_steps_go_along_what_was_probed() -> None:
         before = flat()
         optimizer.step(closure)
         assert abs(float(torch.nn.functional.cosine_similarity(flat() - before, seen[1] - seen[2], dim=0))) > 1 - 1e-9
+
+
+def test_h_decays_where_the_loss_has_no_curvature() -> None:
+    model = mlp()
+    optimizer = ZOOptimizer(model, 0.0, eps=EPS, noise="gaussian", update=HiZOO(0.25), safeguard=None)
+    for _ in range(3):
+        optimizer.step(lambda: next(model.parameters()).sum() * 0)
+    assert all(bool((h == 0.75**3).all()) for h in hessian(optimizer).values())
+
+
+def test_parts_of_preconditioned_noise_have_the_bits_of_the_whole_and_rows_are_close() -> None:
+    shape, key = torch.Size((40, 20_000)), 7
+    noise = Preconditioned(Gaussian(), {key: torch.rand(shape) + 0.5})
+    place, numel = Place(key, shape, torch.device("cpu")), math.prod(shape)
+    whole_of = noise.values(3, place, range(numel))
+    for first, last in ((0, 1), (5, 40_000), (200_000, 600_001), (numel - 1, numel)):
+        assert torch.equal(noise.values(3, place, range(first, last)), whole_of[first:last])
+    index = torch.tensor([[0, 5, numel - 1], [1 << 18, 1 << 19, 77]])
+    assert float((noise.values(3, place, index) - whole_of[index]).abs().max()) < 4e-6
 
 
 def test_weights_outside_of_a_mask_keep_their_h() -> None:

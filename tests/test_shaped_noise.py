@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from zo_lightning.engine import LowRank, Noise, Sphere, ZOOptimizer
 from zo_lightning.engine.masks import Mask
 from zo_lightning.engine.noise import Change, Item, Place, Shaped, apply_changes, as_noise, sweep
+from zo_lightning.engine.noise.kept import kept
 from zo_lightning.engine.parameters import Trained, parameter_key
 from zo_lightning.engine.residency import Offload
 
@@ -267,6 +269,61 @@ def test_an_embedding_of_which_some_rows_are_read_is_that_of_the_whole(kind: str
     assert same(ends[0][1], ends[1][1])
 
 
+def test_a_direction_of_length_zero_stays_zero() -> None:
+    """x of this one element is exactly 0 at this step: a chance of 2^-24."""
+
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(1.0))
+
+    model = Scale()
+    optimizer = ZOOptimizer(model, 1e-3, eps=1e-3, noise=Sphere(), safeguard=None)
+    optimizer.steps = 3_228_864
+    optimizer.step(lambda: (model.scale - 2).square())
+    assert model.scale.item() == 1.0
+    optimizer.step(lambda: (model.scale - 2).square())
+    assert model.scale.item() > 1.0
+
+
+# ---- what is kept
+
+
+def test_what_is_kept_has_a_bound_in_bytes() -> None:
+    drawn: list[int] = []
+
+    @kept(1000)
+    def zeros(count: int) -> Tensor:
+        drawn.append(count)
+        return torch.zeros(count)
+
+    first = zeros(100)
+    assert zeros(100) is first
+    zeros(120)
+    zeros(100)
+    zeros(50)  # 400 + 480 + 200 bytes: the one that was not asked for longest goes
+    assert zeros(100) is first
+    assert zeros.info() == (2, 600)  # type: ignore[attr-defined]
+    assert len(zeros(300)) == len(zeros(300)) == 300  # more than all that may be kept
+    assert drawn == [100, 120, 50, 300, 300]
+
+
+@pytest.mark.parametrize("noise", [LowRank(4), LowRank(4, refresh=1), LowRank(4, orthogonal=True)], ids=str)
+def test_many_matrices_are_drawn_once_a_step_and_large_vectors_are_not_kept(noise: LowRank) -> None:
+    functions = [getattr(sys.modules["zo_lightning.engine.noise.low_rank"], name) for name in ("_left", "_right", "_turned", "_bases")]
+    before = sum(function.info().bytes for function in functions)
+    model = nn.ParameterList([nn.Parameter(torch.zeros(20, 6)) for _ in range(300)] + [nn.Parameter(torch.zeros(1_000_000))])
+    optimizer = ZOOptimizer(model, 1e-3, eps=1e-3, noise=noise, weights="copy", seed=noise.refresh)
+    with pytest.MonkeyPatch.context() as patch:
+        calls: list[int] = []
+        module = sys.modules["zo_lightning.engine.noise.low_rank"]
+        real = module._drawn
+        patch.setattr(module, "_drawn", lambda *how: calls.append(1) or real(*how))
+        optimizer.step(lambda: sum(p.sum() for p in model))
+    assert len(calls) == 600  # of both evaluations and the update
+    assert sum(function.info().bytes for function in functions) - before < 1_500_000
+
+
 # ---- names
 
 
@@ -289,7 +346,8 @@ def test_options_are_part_of_the_name() -> None:
         ("low_rank(orthogonal=1)", "orthogonal"),
         ("low_rank(4", "no name with options"),
         ("low_rank(rank=print())", "no name with options"),
-        ("low_rank(4)", "noise='low_rank.4.' is not known. Use one of"),
+        ("low_rank(4)", "no name with options"),
+        ("low_rank(rank=4, rank=5)", "no name with options"),
         ("sphere(rank=2)", "Invalid noise"),
     ],
 )

@@ -314,6 +314,20 @@ def test_weights_that_are_unfrozen_are_not_moved_along_directions_of_before(rule
     assert torch.allclose(first.detach() - before, -1e-2 * term.slope / 1e-3 * z, rtol=1e-9, atol=0)
 
 
+def test_a_window_of_other_weights_is_not_taken_over_behind_a_step_either() -> None:
+    frozen, data = mlp(), regression()
+    next(iter(frozen.parameters())).requires_grad_(False)
+    optimizer = ZOOptimizer(frozen, lr=LR, eps=EPS, update=Momentum(0.9))
+    for _ in range(3):
+        optimizer.step(mean_square(frozen, data))
+    model = mlp()
+    other = ZOOptimizer(model, lr=LR, eps=EPS, update=Momentum(0.9))
+    other.step(mean_square(model, data))
+    other.load_state_dict(optimizer.state_dict())
+    other.step(mean_square(model, data))
+    assert len(other.state_dict()["zo"]["progress"]["update"]["state"]["steps"]) == 1
+
+
 @pytest.mark.parametrize("name", ["adam", "heavy ball", "RMSprop", "NAdam"])
 def test_steps_with_lr_0_count_as_they_do_in_torch(name: str) -> None:
     """A warm-up begins with them."""
@@ -382,7 +396,7 @@ def test_rules_and_their_names() -> None:
         (lambda: TorchOptimizer("SGD", options="3"), r"Invalid options: '3' is no JSON of names and values"),
         (
             lambda: trained(TorchOptimizer("Muon"), steps=1),
-            r"Invalid update: TorchOptimizer.*Muon.* can't train '3.bias' of shape \(1,\): .*Freeze it, leave it out",
+            r"Invalid update: TorchOptimizer.*Muon.* can't train '3.bias' of shape \(1,\): .*Freeze it .requires_grad=False",
         ),
         (lambda: trained("sgd", clip=1.0, estimator=OneSided(3, normalized=True)), r"Invalid clip: 1.0 with .* only together"),
         (lambda: TorchOptimizer("Adam", betas=(0.1, 2.0)), r"torch.optim.Adam can't be used with .*Invalid beta"),

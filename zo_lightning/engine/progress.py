@@ -24,6 +24,8 @@ class Progress:
 
     def points(self, seeds: Callable[[int], int]) -> list[Displacement]:
         """The displacements to evaluate in the next step; `seeds(i)` is the seed of its query i."""
+        if self._keys is not None:
+            self.rule.train(self._keys)  # a state that was loaded since may be of others
         return self.estimator.points(seeds)
 
     def terms(self, points: Sequence[Displacement], values: Sequence[float]) -> list[Term]:

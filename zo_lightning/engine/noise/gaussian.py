@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zo_lightning.engine.noise.base import Elementwise, Stretch, constants, counters
-from zo_lightning.engine.noise.compiling import dispatch, kernel
+from zo_lightning.engine.noise.compiling import available, dispatch, kernel
 from zo_lightning.engine.noise.inside import choose_into
 from zo_lightning.engine.noise.rounding import settle
 from zo_lightning.engine.noise.threefry import fused_threefry, threefry
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 HALF = 1 << 18
 """The two values of a hash lie this far apart: the halves of a block are separate contiguous tensors, so the kernel vectorizes."""
+_BLOCK = 1 << 15
+"""Elements of a block that is drawn eagerly, by one thread."""
 _QUARTERS = math.pi * 2.0**-31
 
 
@@ -78,6 +80,27 @@ def exact_normal(index: Tensor, key: Tensor) -> Tensor:
     radius = torch.sqrt(-2.0 * torch.log((((x0 >> 8) & 0xFFFFFF) + 1).double() * 2.0**-24))
     angle = x1.double() * _QUARTERS
     return radius * torch.where((index & HALF) != 0, torch.sin(angle), torch.cos(angle))
+
+
+def normal(key: Tensor, where: range, numel: int, fused: bool = False) -> Tensor:
+    """z[where] in float32, of a stream of `numel` elements: the same bits however it is cut, for blocks are drawn as wholes.
+
+    Vector functions differ in their last bits between the bodies and the ends of loops. `fused` draws long streams by the compiled kernel,
+    whose bits are its own.
+    """
+    fused = fused and numel > HALF and available(key.device.type)
+    block = 2 * HALF if fused else _BLOCK
+    first, found = where.start // block * block, []
+    for begin in range(first, where.stop, block):
+        size = min(block, numel - begin)
+        if fused:
+            z = torch.zeros(size, device=key.device)
+            Gaussian().add(z, z, key, begin, constants((1.0, 1.0), torch.float32, key.device))
+        else:
+            z = Gaussian().values(key[None], [Stretch(0, begin, size)], torch.float32)
+        found.append(z)
+    whole = found[0] if len(found) == 1 else torch.cat(found) if found else torch.zeros(0, device=key.device)
+    return whole[where.start - first : where.stop - first]
 
 
 def _alias(x: Tensor) -> Tensor:

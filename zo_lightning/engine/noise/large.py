@@ -98,7 +98,9 @@ def compiled(item: Item, out: Tensor, base: Tensor, start: int, drawn: Drawn, no
     if len(item.coefficients) == 1:
         c = item.coefficients[0]
         if drawn.rounded:
-            noise.add_rounded(out, base, drawn.key(0), drawn.rounding, start, coefficients_of((item.decay - 1.0, c), dtype, device), item.mask)
+            noise.add_rounded(
+                out, base, drawn.key(0), drawn.rounding, start, coefficients_of((item.decay - 1.0, c), dtype, device), item.mask
+            )
         else:
             noise.add(out, base, drawn.key(0), start, coefficients_of((item.decay, c), dtype, device), item.mask)
         return

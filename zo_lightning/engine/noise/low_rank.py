@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -10,12 +9,15 @@ import torch
 from torch import Tensor
 
 from zo_lightning.engine.messages import check_count, check_flag
-from zo_lightning.engine.noise.base import Stretch, coefficients_of, compute_dtype
+from zo_lightning.engine.noise.base import coefficients_of, compute_dtype
 from zo_lightning.engine.noise.compiling import kernel
-from zo_lightning.engine.noise.gaussian import Gaussian
+from zo_lightning.engine.noise.gaussian import normal
+from zo_lightning.engine.noise.kept import kept
 from zo_lightning.engine.noise.shaped import Place, Shaped, Where
 from zo_lightning.engine.seeds import basis_seed, query_seed, stream
 
+_LIMIT = 1 << 25
+"""Bytes that are kept of each kind of factor: a step and its update ask for the same, and bases last for many steps."""
 _OWN = 40
 """Bits of a seed that are its own; above them is the number of its basis, which the seeds of some steps share."""
 
@@ -58,8 +60,7 @@ class LowRank(Shaped):
     def values(self, seed: int, place: Place, where: Where) -> Tensor:
         factors = self.factors(seed, place)
         if factors is None:
-            whole = _normal(seed, place.key, math.prod(place.shape), place.device)
-            return whole[where.start : where.stop] if isinstance(where, range) else whole[where]
+            return _vector(seed, place, where)
         left, right = factors
         width = len(right)
         if isinstance(where, Tensor):
@@ -88,7 +89,12 @@ class LowRank(Shaped):
         shape = place.shape
         if len(shape) < 2 or min(shape[0], math.prod(shape[1:])) < 2:
             return None
-        return _factors(self, seed, place.key, shape[0], math.prod(shape[1:]), place.device)
+        m, n = shape[0], math.prod(shape[1:])
+        rank = min(self.rank, m, n)
+        if self.orthogonal:
+            return _turned(seed, place.key, m, n, rank, place.device), _bases(seed >> _OWN, place.key, m, n, rank, place.device)[1]
+        left = _left(seed, place.key, m, rank, place.device)
+        return left, _right(seed if self.refresh == 1 else seed >> _OWN, place.key, n, rank, place.device)
 
 
 def _moved(base: Tensor, left: Tensor, right: Tensor, scalars: Tensor) -> Tensor:
@@ -108,37 +114,51 @@ def _add_(out: Tensor, left: Tensor, right: Tensor, scalars: Tensor) -> None:
     out.copy_(_moved(out, left, right, scalars))
 
 
-@functools.lru_cache(maxsize=256)
-def _factors(noise: LowRank, seed: int, key: int, m: int, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Both sides of a step and its update ask for the same."""
-    rank = min(noise.rank, m, n)
-    if noise.orthogonal:
-        u, v = _bases(seed >> _OWN, key, m, n, rank)
-        core = _normal(seed, key, rank * rank, torch.device("cpu")).view(rank, rank).double()
-        left = (u @ core * (math.sqrt(m * n) / rank)).float().to(device)
-        return left, v.float().to(device)
-    left = _normal(seed, key, m * rank, device).view(m, rank) / math.sqrt(rank)
-    return left, _right(seed if noise.refresh == 1 else seed >> _OWN, key, n, rank, device)
+def _vector(seed: int, place: Place, where: Where) -> Tensor:
+    """What is no matrix has standard normal noise."""
+    own, numel = _stream(seed, place.key, place.device), math.prod(place.shape)
+    if isinstance(where, range):
+        return normal(own, where, numel)
+    if not where.numel():
+        return torch.zeros(where.shape, device=place.device)
+    first, last = int(where.min()), int(where.max())
+    return normal(own, range(first, last + 1), numel)[where - first]
 
 
-@functools.lru_cache(maxsize=256)
+@kept(_LIMIT)
+def _left(seed: int, key: int, m: int, rank: int, device: torch.device) -> Tensor:
+    """U / sqrt(r)."""
+    return _drawn(seed, key, m * rank, device).view(m, rank) / math.sqrt(rank)
+
+
+@kept(_LIMIT)
 def _right(seed: int, key: int, n: int, rank: int, device: torch.device) -> Tensor:
-    return _normal(seed, key, n * rank, device, b"zo.basis").view(n, rank)
+    """V, of a seed or of a basis."""
+    return _drawn(seed, key, n * rank, device, b"zo.basis").view(n, rank)
 
 
-@functools.lru_cache(maxsize=256)
-def _bases(basis: int, key: int, m: int, n: int, rank: int) -> tuple[Tensor, Tensor]:
-    """Orthonormal columns, in float64 on the CPU, whose bits are those of any device that they are for."""
-    drawn = _normal(basis, key, (m + n) * rank, torch.device("cpu"), b"zo.basis").double()
+@kept(_LIMIT)
+def _turned(seed: int, key: int, m: int, n: int, rank: int, device: torch.device) -> Tensor:
+    """sqrt(m n) / r U S for an orthonormal U."""
+    core = _drawn(seed, key, rank * rank, torch.device("cpu")).view(rank, rank).double()
+    return (_bases(seed >> _OWN, key, m, n, rank, device)[0] @ core * (math.sqrt(m * n) / rank)).float().to(device)
+
+
+@kept(_LIMIT)
+def _bases(basis: int, key: int, m: int, n: int, rank: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Orthonormal columns: U in float64 on the CPU, whose bits are those of any device that it is for, and V as it is used."""
+    drawn = _drawn(basis, key, (m + n) * rank, torch.device("cpu"), b"zo.basis").double()
     found = [torch.linalg.qr(part.view(-1, rank)) for part in drawn.split([m * rank, n * rank])]
     u, v = (q * torch.where(r.diagonal() < 0, -1.0, 1.0) for q, r in found)  # the sign that makes it a function of its columns alone
-    return u, v
+    return u, v.float().to(device)
 
 
-@functools.lru_cache(maxsize=256)
-def _normal(seed: int, key: int, count: int, device: torch.device, label: bytes = b"zo.noise") -> Tensor:
-    keys = torch.tensor([stream(seed, key, label)], dtype=torch.int32).to(device)
-    return Gaussian().values(keys, [Stretch(0, 0, count)], torch.float32)
+def _drawn(seed: int, key: int, count: int, device: torch.device, label: bytes = b"zo.noise") -> Tensor:
+    return normal(_stream(seed, key, device, label), range(count), count)
+
+
+def _stream(seed: int, key: int, device: torch.device, label: bytes = b"zo.noise") -> Tensor:
+    return torch.tensor(stream(seed, key, label), dtype=torch.int32).to(device)
 
 
 def _summed(products: list[Tensor]) -> Tensor:

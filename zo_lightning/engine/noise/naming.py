@@ -33,8 +33,11 @@ def _parsed(text: str) -> tuple[str, dict[str, object]]:
         return text, {}
     try:
         call = ast.parse(text.strip(), mode="eval").body
-        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.args:
-            return call.func.id, {str(option.arg): ast.literal_eval(option.value) for option in call.keywords}
+        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)) or call.args:
+            raise ValueError("each option has a name")
+        options = {str(option.arg): ast.literal_eval(option.value) for option in call.keywords}
+        if len(options) < len(call.keywords):
+            raise ValueError("each option once")
+        return call.func.id, options
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"Invalid noise: {text!r} is no name with options. Write them as in 'low_rank(rank=4, refresh=100)'.") from error
-    return text, {}

@@ -8,9 +8,8 @@ from abc import abstractmethod
 
 import torch
 
-from zo_lightning.engine.noise.base import Elementwise, Noise, Stretch, constants
-from zo_lightning.engine.noise.compiling import available
-from zo_lightning.engine.noise.gaussian import HALF, Gaussian
+from zo_lightning.engine.noise.base import Elementwise, Noise
+from zo_lightning.engine.noise.gaussian import HALF, Gaussian, normal
 from zo_lightning.engine.seeds import stream
 
 
@@ -31,7 +30,7 @@ class Sphere(Scaled):
     sqrt(d), d the number of weights, as uniform noise on one sphere has, and E z z' is the identity as there. Every direction has the same
     length, which Gaussian noise has only on average: SPSA has the variance (d - 1) |grad L|^2 with it, as with Rademacher noise, and
     (d + 1) |grad L|^2 with Gaussian noise. A mask takes elements out of z; it makes no smaller sphere. |x| is that of all of a parameter,
-    for which x is drawn once more.
+    for which x is drawn once more. An x of 0, which parameters of one element have with a chance of 2^-24, has no direction: z is 0 there.
 
     Flaxman et al. 2005 (arXiv cs/0408007), Liu et al. 2018 (arXiv 1805.10367).
     """
@@ -46,14 +45,10 @@ class Sphere(Scaled):
 @functools.lru_cache(maxsize=1 << 12)
 def _scale(seed: int, key: int, count: int, device: torch.device) -> float:
     """sqrt(n) / |x|, from sums in float64."""
-    noise, squares = Gaussian(), []
-    own = torch.tensor([stream(seed, key)], dtype=torch.int32).to(device)
+    squares = []
+    own = torch.tensor(stream(seed, key), dtype=torch.int32).to(device)
     for first in range(0, count, 2 * HALF):
-        size = min(2 * HALF, count - first)
-        if available(device.type) and count > HALF:
-            x = torch.zeros(size, device=device)
-            noise.add(x, x, own[0], first, constants((1.0, 1.0), torch.float32, device))
-        else:
-            x = noise.values(own, [Stretch(0, first, size)], torch.float32)
+        x = normal(own, range(first, min(first + 2 * HALF, count)), count, fused=True)
         squares.append(torch.linalg.vector_norm(x, dtype=torch.float64).item() ** 2)
-    return math.sqrt(count / math.fsum(squares))
+    total = math.fsum(squares)
+    return math.sqrt(count / total) if total else 0.0

@@ -81,15 +81,16 @@ class _State(DenseState):
         theta.add_(estimate, alpha=-lr)
 
     def learn(self, key: int, terms: Sequence[Term], eps: float, direction: Callable[[int], Tensor]) -> None:
-        h, added = self._hessian.get(key), None
+        h, added, inside = self._hessian.get(key), None, None
         for j, term in enumerate(terms):
             u = direction(j)
-            h = torch.ones_like(u) if h is None else h
+            h = torch.ones_like(u) if h is None else h.to(u.device)
+            inside = u != 0 if inside is None else inside.logical_or_(u != 0)
             square = u.square_().mul_(h).mul_(h).mul_(abs(term.curvature) / (2 * eps**2))  # h z^2 = h^2 u^2
             added = square if added is None else added.add_(square)
-        if h is None or added is None:
+        if h is None or added is None or inside is None:
             return
-        self._hessian[key] = torch.where(added == 0, h, h * (1 - self.rule.alpha) + self.rule.alpha * added)  # 0: outside of the mask
+        self._hessian[key] = torch.where(inside, h * (1 - self.rule.alpha) + self.rule.alpha * added, h)
 
     def clear(self) -> None:
         self._hessian.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,9 +31,9 @@ class _OfTorch(Dense):
 
     remembers = True
 
+    @abstractmethod
     def made(self, parameter: nn.Parameter) -> torch.optim.Optimizer:
         """The optimizer of one tensor."""
-        raise NotImplementedError
 
     def state_bytes(self, shape: Sequence[int]) -> int:
         small = [size if size < 64 else 64 + place for place, size in enumerate(shape)]  # a smaller tensor, whose dimensions differ
@@ -130,8 +131,8 @@ class TorchOptimizer(_OfTorch):
                 self.made(nn.Parameter(torch.empty(p.shape, device="meta")))
             except (TypeError, ValueError, RuntimeError) as error:
                 raise ValueError(
-                    f"Invalid update: {self!r} can't train {p.name!r} of shape {tuple(p.shape)}: {error}. Freeze it, leave it out with a "
-                    "mask's frozen=, or name another optimizer."
+                    f"Invalid update: {self!r} can't train {p.name!r} of shape {tuple(p.shape)}: {error}. Freeze it "
+                    "(requires_grad=False), or name another optimizer."
                 ) from error
 
     @property
