@@ -239,6 +239,11 @@ class ZOOptimizer(torch.optim.Optimizer):
         return self.estimator.tangents or self.tail.backprop is not None
 
     @property
+    def moves(self) -> bool:
+        """Whether all weights move from point to point in place, which leaves roundings; single weights are written and put back."""
+        return self.residency.name == "inplace" and self.estimator.coordinates is None
+
+    @property
     def eps(self) -> float:
         """Perturbation scale of the first group."""
         return float(self.param_groups[0]["eps"])

@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from zo_lightning.engine.backprop import Backprop, as_backprop
-from zo_lightning.engine.estimators import ESTIMATORS, SPSA, Estimator, Ways
+from zo_lightning.engine.combinations import check_together
+from zo_lightning.engine.estimators import ESTIMATORS, SPSA, Estimator
 from zo_lightning.engine.masks import Mask
 from zo_lightning.engine.messages import check_number, choose
-from zo_lightning.engine.noise import Basis, Noise, Rademacher, as_noise
+from zo_lightning.engine.noise import Noise, as_noise
 from zo_lightning.engine.noise.rounding import rounds
 from zo_lightning.engine.objectives import Objective
 from zo_lightning.engine.parallel import Mesh, mesh_of
 from zo_lightning.engine.residency import WEIGHTS, Offload, Residency
 from zo_lightning.engine.safeguard import Safeguard
 from zo_lightning.engine.tangents import check_tables, places_of
-from zo_lightning.engine.updates import RULES, SGD, GroupSettings, TorchOptimizer, UpdateRule
+from zo_lightning.engine.updates import RULES, TorchOptimizer, UpdateRule
 
 if TYPE_CHECKING:
     from zo_lightning.engine.optimizer import ZOOptimizer
@@ -74,89 +75,9 @@ class EngineOptions:
             raise ValueError(f"Invalid objective: {self.objective!r}. Must be an Objective (zo_lightning.engine.objectives), or None.")
         if self.parallel is not None:
             mesh_of(self.parallel)
-        noise, rule = as_noise(self.noise), as_rule(self.update, self.clip)
-        estimator = rule.measured_by(as_estimator(self.estimator))
-        if estimator.noise is not None and self.noise != "rademacher" and not isinstance(self.noise, Basis):
-            raise ValueError(
-                f"Invalid noise: {self.noise!r} does nothing with estimator={estimator!r}, whose points are not random. Leave noise out."
-            )
-        if estimator.noise is None and isinstance(self.noise, Basis):
-            raise ValueError(
-                f"Invalid noise: {self.noise!r} with estimator={estimator!r}. It is for Coordinatewise(), which brings it along."
-            )
-        if estimator.coordinates is not None:
-            self._validate_coordinates(estimator, estimator.coordinates)
-        if estimator.tangents and self.objective is not None:
-            raise ValueError(
-                f"Invalid estimator: {estimator!r} with objective={self.objective!r}: it differentiates the loss, and others have no "
-                "derivative. Use SPSA(), which needs none."
-            )
-        if estimator.tangents and isinstance(self.weights, Offload):
-            raise ValueError(
-                f"Invalid estimator: {estimator!r} with weights=Offload(...): tangents of all trained weights are in memory at "
-                "once. Use SPSA()."
-            )
-        estimator.begin().check([GroupSettings(self.lr or 0.0, self.eps or 1.0, self.weight_decay or 0.0)])
-        if estimator.remembers and rule.dense:
-            raise ValueError(
-                f"Invalid update: {self.update!r} with estimator={self.estimator!r}, which finds its anchor behind the steps since: they "
-                'have to be sums of perturbations. Use update="sgd" or "momentum", or an estimator without an anchor.'
-            )
-        self._check_backprop(estimator)
-        if estimator.along and not isinstance(rule, SGD):
-            raise ValueError(
-                f"Invalid update: {self.update!r} with estimator={self.estimator!r}, which tries steps along the estimate before it makes "
-                'one. Use update="sgd", or an estimator without a search.'
-            )
-        if rule.dense and isinstance(self.weights, Offload):
-            raise ValueError(
-                f"Invalid update: {self.update!r} with weights=Offload(...), whose updates are made while weights are on their way, and it "
-                'needs the estimate as a tensor. Use update="sgd" or "momentum", or keep the weights in memory.'
-            )
-        if rule.clip is not None and not estimator.clips:
-            raise ValueError(
-                f"Invalid clip: {rule.clip!r} with estimator={self.estimator!r}, whose terms mean something only together: "
-                "a bound on each would spoil that. Leave clip out; a smaller lr makes smaller steps."
-            )
-        if rule.rescales and isinstance(noise, Rademacher):
-            raise ValueError(
-                f"Invalid noise: {noise.text!r} with update={self.update!r}, which tells weights apart by z^2, and here all are 1. Use "
-                'noise="gaussian".'
-            )
-        if rule.rescales and self.mask is not None and self.mask.rule.measures:
-            raise ValueError(
-                f"Invalid mask: {self.mask!r} with update={self.update!r}: the mean of what its steps measure has noise of one size. Use a "
-                "mask whose rule measures nothing."
-            )
+        rule = as_rule(self.update, self.clip)
+        check_together(self, rule, rule.measured_by(as_estimator(self.estimator)), as_noise(self.noise), as_backprop(self.backprop))
         as_safeguard(self.safeguard)
-
-    def _check_backprop(self, estimator: Estimator) -> None:
-        if as_backprop(self.backprop) is None:
-            return
-        problem = None
-        if estimator.tangents:
-            problem = f"estimator={estimator!r}, whose evaluations are in forward mode: use SPSA() or OneSided()"
-        elif estimator.coordinates is not None:
-            problem = f"estimator={estimator!r}, which evaluates every weight by itself: use SPSA() or OneSided()"
-        elif estimator.remembers:
-            problem = f"estimator={estimator!r}, half of whose points lie at an anchor, which the last layers have none of: use SPSA()"
-        elif isinstance(self.weights, Offload):
-            problem = "weights=Offload(...): a graph would keep weights that are on their way; keep them in memory"
-        elif self.objective is not None and not self.objective.needs_output:
-            problem = f"objective={self.objective!r}, which evaluates no loss whose gradient could be taken; use one that reads the output"
-        if problem:
-            raise ValueError(f"Invalid backprop: {self.backprop!r} with {problem}, or leave backprop out.")
-
-    def _validate_coordinates(self, estimator: Estimator, ways: Ways) -> None:
-        if isinstance(self.weights, Offload):
-            raise ValueError(
-                f"Invalid weights: {self.weights!r} with estimator={estimator!r}, which writes single weights in memory. Use "
-                'weights="auto", or SPSA() with streamed weights.'
-            )
-        if ways.batch > 1 and self.objective is not None:
-            raise ValueError(
-                f"Invalid batch: {ways.batch} with objective={self.objective!r}, which is observed at one point after another. Use batch=1."
-            )
 
     def build(
         self, params: Any, *, module: nn.Module | None = None, lr: float | None = None, weight_decay: float | None = None

@@ -71,6 +71,8 @@ class Noise(ABC):
     """z[i] = noise(seed, parameter key, shape of the parameter, i), with E z = 0 and E z^2 = 1: `Elementwise`, `Scaled` or `Shaped`."""
 
     name: str
+    exact = False
+    """Whether its values have the same bits on every machine; others have up to their last ones."""
 
     @property
     def text(self) -> str:

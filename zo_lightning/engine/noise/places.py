@@ -19,6 +19,16 @@ def located(item: Item, index: Tensor) -> tuple[Tensor, Tensor]:
     return index[own], places
 
 
+def put_moved(item: Item, places: Tensor, values: Tensor) -> None:
+    """What a sweep gives for listed elements, into the item; its other elements become those of the base."""
+    if item.places is not None:
+        item.out.copy_(values)
+        return
+    if item.out is not item.base:
+        item.out.copy_(item.base)
+    put(item.out, places, values)
+
+
 def take(tensor: Tensor, index: Tensor) -> Tensor:
     """Elements by their number in logical order."""
     return tensor.view(-1)[index] if tensor.is_contiguous() else tensor[torch.unravel_index(index, tensor.shape)]

@@ -119,6 +119,7 @@ class Rademacher(Elementwise):
     """Independent signs. E z^2 = E z^4 = 1: exact in every dtype, and the least variance among SPSA's noises (Spall 1992)."""
 
     name = "rademacher"
+    exact = True
     fuses = 4
     grain = BLOCK
 

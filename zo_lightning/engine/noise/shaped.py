@@ -16,7 +16,7 @@ from zo_lightning.engine.noise.dither import dither, dither_at
 from zo_lightning.engine.noise.flat import moved, total_of
 from zo_lightning.engine.noise.large import PACK, SMALL, chunks, combine, flat, some_rows
 from zo_lightning.engine.noise.members import Listed
-from zo_lightning.engine.noise.places import located, put, take
+from zo_lightning.engine.noise.places import located, put_moved, take
 from zo_lightning.engine.noise.region import Region
 
 if TYPE_CHECKING:
@@ -97,13 +97,7 @@ def _listed(item: Item, seeds: Sequence[int], drawn: Drawn, noise: Shaped, named
     index, own = located(item, named)
     base = item.base if item.places is not None else take(item.base, own)
     dithered = dither_at(index, drawn.rounding) if drawn.rounded else None
-    result = moved(base, item.decay, _total(item, seeds, noise, index.long()), dithered, None, available(base.device.type))
-    if item.places is not None:
-        item.out.copy_(result)
-        return
-    if item.out is not item.base:
-        item.out.copy_(item.base)
-    put(item.out, own, result)
+    put_moved(item, own, moved(base, item.decay, _total(item, seeds, noise, index.long()), dithered, None, available(base.device.type)))
 
 
 def _region(item: Item, seeds: Sequence[int], drawn: Drawn, noise: Shaped, region: Region) -> None:

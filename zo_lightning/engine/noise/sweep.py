@@ -15,7 +15,7 @@ from zo_lightning.engine.noise.dither import dither_at
 from zo_lightning.engine.noise.flat import Small, moved, step_flat, total_of
 from zo_lightning.engine.noise.large import PACK, SMALL, large, some_rows
 from zo_lightning.engine.noise.members import Listed, Members
-from zo_lightning.engine.noise.places import located, put, take
+from zo_lightning.engine.noise.places import located, put_moved, take
 from zo_lightning.engine.noise.region import Region
 from zo_lightning.engine.noise.rounding import rounds
 from zo_lightning.engine.noise.shaped import Shaped, shaped
@@ -266,9 +266,4 @@ def elements(listed: Sequence[tuple[Item, Drawn]], noise: Elementwise) -> None:
     dithered = dither_at(index, keys[-1]) if drawn[0].rounded else None
     result = moved(base, small.spread([item.decay for item in items]), total, dithered, None, available(small.device.type))
     for item, own, piece in zip(items, places, result.split(small.lengths), strict=True):
-        if item.places is not None:
-            item.out.copy_(piece)
-            continue
-        if item.out is not item.base:
-            item.out.copy_(item.base)
-        put(item.out, own, piece)
+        put_moved(item, own, piece)

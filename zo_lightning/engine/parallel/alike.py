@@ -123,7 +123,7 @@ def check_mesh(optimizer: ZOOptimizer) -> None:
         return
     if any_sharded(residency.trained):
         raise ValueError(NOT_SHARDED.format(parallel=mesh))
-    if residency.name == "inplace" and optimizer.estimator.coordinates is None:
+    if optimizer.moves:
         raise ValueError(
             f'Invalid weights: "inplace" with parallel="{mesh}". Moves in place leave roundings, which would differ between processes '
             'that evaluate different points. Use weights="exact" or "copy".'

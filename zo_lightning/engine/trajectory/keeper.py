@@ -89,8 +89,7 @@ class Trajectory(Journal):
                 "Leave TrajectoryLog (or Trajectory) out and keep the host's checkpoints, from which a run goes on bit for bit, or leave "
                 "backprop out."
             )
-        moves = optimizer.residency.name == "inplace" and optimizer.estimator.coordinates is None
-        points = len(optimizer.estimator.points(lambda query: query)) + len(optimizer.estimator.along) if moves else 0
+        points = len(optimizer.estimator.points(lambda query: query)) + len(optimizer.estimator.along) if optimizer.moves else 0
         if points > MAX_POINTS:
             raise ValueError(
                 f'A step log of weights="inplace" notes moves between at most {MAX_POINTS} points, and this estimator evaluates {points}. '

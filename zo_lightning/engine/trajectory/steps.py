@@ -15,7 +15,7 @@ from zo_lightning.engine.line_search import at_best
 from zo_lightning.engine.masks import Masks
 from zo_lightning.engine.masks.rules import Chosen
 from zo_lightning.engine.messages import say_once
-from zo_lightning.engine.noise import Basis, Change, Noise, apply_changes
+from zo_lightning.engine.noise import Change, Noise, apply_changes
 from zo_lightning.engine.noise.changes import apply_through, moves
 from zo_lightning.engine.noise.compiling import available
 from zo_lightning.engine.parameters import Trained
@@ -46,7 +46,8 @@ class Stepper:
         self._progress = Progress(self._estimator, self._rule)
         self._progress.train({p.key for p in trained})
         self._noise = self._progress.noise(noise)
-        say_if_not_exact(segment, trained)
+        if not noise.exact:
+            say_if_not_equal(segment, trained)
 
     def apply(self, records: Sequence[StepRecord]) -> None:
         """Make these steps, in batches that signals do not interrupt."""
@@ -127,10 +128,8 @@ def build(what: str, table: Mapping[str, object], part: Options) -> Any:
     return kind(**options)
 
 
-def say_if_not_exact(segment: Segment, trained: Sequence[Trained]) -> None:
+def say_if_not_equal(segment: Segment, trained: Sequence[Trained]) -> None:
     """Gaussian noise takes logarithms and sines, whose last bits differ between kernels."""
-    if segment.noise in ("rademacher", Basis.name):
-        return
     device = trained[0].tensor.device.type
     here = {"compiled kernels": available(device), "device": device, "torch": torch.__version__}
     there = {"compiled kernels": segment.compiled, "device": segment.device.split(":")[0], "torch": segment.versions.get("torch")}
