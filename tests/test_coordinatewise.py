@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import copy
+import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hf_tools
 import pytest
 import torch
 import torch.nn.functional as F
-from engine_models import RESIDENCIES, LanguageModel, Recurrent, mean_square, mlp, regression, same, snapshot
+from engine_kinds import kinds
+from engine_models import RESIDENCIES, mean_square, mlp, regression, same, snapshot
 from lightning_models import HOST_WARNINGS, lit, loader, loss_of, net, state, trainer
 from torch import Tensor, nn
 from trajectory_tools import Recorder
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from zo_lightning import ZOStrategy
 from zo_lightning.callbacks import SparseMask
@@ -221,135 +224,6 @@ def test_sums_are_in_the_order_of_the_terms() -> None:
 # ---- feature reuse
 
 
-class Convolutional(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2), nn.ReLU(inplace=True), nn.Dropout(0.3)) for _ in range(3)
-        )
-        self.head = nn.Linear(2 * 36, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x) + x
-        return self.head(F.dropout(x.flatten(1), 0.2, self.training))
-
-
-class Shared(nn.Module):
-    """One layer three times, and a functional read of another one's weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.middle, self.last = nn.Linear(10, 10), nn.Linear(10, 10), nn.Linear(10, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.linear(self.first(x), self.last.weight)
-        for _ in range(3):
-            x = torch.tanh(self.middle(x))
-        return self.last(x)
-
-
-class InPlace(nn.Module):
-    """Changes in place what its layer returned, through a view and in a module."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer, self.relu = nn.Linear(10, 10), nn.ReLU(inplace=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.layer(x)
-        y = x.view(-1)
-        self.relu(x)
-        y.add_(0.1)
-        return x
-
-
-class ChangedOutside(nn.Module):
-    """Changes the outputs of two of its four blocks in place."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(InPlace() for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for index, block in enumerate(self.blocks):
-            x = block(x)
-            if index % 2:
-                x.mul_(0.5)
-        return x
-
-
-class Sidelong(nn.Module):
-    """Blocks that leave something for the loss in an attribute, a list, a buffer of their own."""
-
-    def __init__(self, way: str) -> None:
-        super().__init__()
-        self.way, self.left = way, []
-        self.layers = nn.ModuleList(Leaving(way) for _ in range(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        left: list[Tensor] = []
-        for layer in self.layers:
-            x = layer(x, left)
-        if self.way == "buffer":
-            left = [layer.kept for layer in self.layers]
-        if self.way == "attribute":
-            left = [layer.aside for layer in self.layers]
-        return x + torch.stack(left).sum()
-
-
-class Leaving(nn.Module):
-    kept: Tensor
-
-    def __init__(self, way: str) -> None:
-        super().__init__()
-        self.way, self.linear = way, nn.Linear(10, 10)
-        self.register_buffer("kept", torch.zeros(()))
-
-    def forward(self, x: Tensor, left: list[Tensor]) -> Tensor:
-        x = torch.tanh(self.linear(x))
-        if self.way == "buffer":
-            self.kept.copy_(x.mean())
-        elif self.way == "attribute":
-            self.aside = x.mean()
-        else:
-            left.append(x.mean())
-        return x
-
-
-def gpt2() -> Any:
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=0))
-
-
-def kinds(dtype: torch.dtype = torch.float32) -> dict[str, tuple[nn.Module, Callable[[nn.Module], Tensor]]]:
-    """(module in training mode, loss) by kind."""
-    torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(1)
-    x, images = torch.randn(6, 10, generator=generator).to(dtype), torch.randn(3, 2, 6, 6, generator=generator).to(dtype)
-    ids = torch.arange(24).view(4, 6) % 10 + 1
-    text = {"input_ids": ids, "labels": torch.tensor([0, 1, 0, 1])}
-    square: Callable[[nn.Module], Tensor] = lambda net: net(x).square().mean()  # noqa: E731
-    layers = [part for _ in range(4) for part in (nn.Linear(10, 10), nn.LayerNorm(10), nn.Dropout(0.2), nn.GELU())]
-    plain = {
-        "mlp": nn.Sequential(*layers),
-        "shared": Shared(),
-        "in place": ChangedOutside(),
-        **{f"left in a {way}": Sidelong(way) for way in ("list", "attribute", "buffer")},
-    }
-    found: dict[str, Any] = {name: (model, square) for name, model in plain.items()}
-    found["convolution"] = Convolutional(), lambda net: net(images).square().mean()
-    found["functional head"] = LanguageModel(), lambda net: net(ids).square().mean()
-    found["tied head"] = LanguageModel("tied"), lambda net: net(ids).square().mean()
-    found["lstm"] = Recurrent(), lambda net: net(ids).square().mean()
-    found["gpt2"] = gpt2(), lambda net: net(input_ids=ids, labels=ids).loss
-    found["bert"] = hf_tools.bert(), lambda net: net(**text).loss
-    layer = nn.TransformerEncoderLayer(10, 2, 12, dropout=0.1, batch_first=True)
-    found["transformer"] = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), lambda net: net(x[None]).square().mean()
-    found["forwards of two batches"] = nn.Sequential(*copy.deepcopy(layers)), lambda net: square(net) + net(2 * x).square().mean()
-    return {name: (model.train().to(dtype), loss) for name, (model, loss) in found.items()}
-
-
 KINDS = list(kinds())
 
 
@@ -410,7 +284,8 @@ def test_what_runs_is_what_comes_behind_the_first_read(monkeypatch: pytest.Monke
     ran.clear()
     optimizer.step(lambda: model(x).square().mean())
     points = [3 * 3 + 3] * 4
-    assert [ran.count(index) for index in range(4)] == [2 + sum(points[: index + 1]) for index in range(4)]
+    proofs = [2, 2, 2, 3]  # the first point and the recording; what is left out by most points is left out once before
+    assert [ran.count(index) for index in range(4)] == [proof + sum(points[: index + 1]) for index, proof in enumerate(proofs)]
 
 
 def test_hooks_of_users_run_at_every_point() -> None:
@@ -454,11 +329,71 @@ def test_a_model_that_hides_what_it_keeps_is_found_out() -> None:
     model, x = Hidden(), torch.randn(4, 10)
     plain = copy.deepcopy(model)
     optimizer = ZOOptimizer(model, lr=0.0, eps=0.1, estimator=Coordinatewise(), safeguard=None)
-    with pytest.warns(ZOWarning, match=r"Features are not reused from now on: a displacement of 'second\.weight'"):
+    with pytest.warns(ZOWarning, match=r"Features are not reused from now on: before 'second\.weight'"):
         optimizer.step(lambda: model(x).square().mean())
     other = ZOOptimizer(plain, lr=0.0, eps=0.1, estimator=Coordinatewise(reuse=False), safeguard=None)
     other.step(lambda: plain(x).square().mean())
     assert optimizer.report.values == other.report.values
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+def test_a_copy_of_the_model_is_another_model(reuse: bool) -> None:
+    model, data = mlp(), regression()
+    kept: list[nn.Module] = []
+
+    def closure() -> Tensor:
+        kept.append(copy.deepcopy(model))
+        with torch.no_grad():
+            for p in kept[-1].parameters():
+                p.copy_((p * 4).round() / 4)
+        return mean_square(kept[-1], data)()
+
+    optimizer = ZOOptimizer(model, lr=0.0, eps=EPS, estimator=Coordinatewise(reuse=reuse), safeguard=None)
+    expected = closure().item()
+    optimizer.step(closure)
+    assert optimizer.report is not None
+    assert optimizer.report.values[0] == expected
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert all(mean_square(one, data)().item() != mean_square(model, data)().item() for one in kept[:3])
+
+
+def test_what_goes_past_outputs_is_found_out_in_the_step_where_it_counts() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, context: SimpleNamespace) -> Tensor:
+            hidden = torch.tanh(self.linear(x))
+            context.aside = context.aside + context.weight * hidden.square().mean()
+            return hidden
+
+    found = []
+    for reuse in (True, False):
+        torch.manual_seed(0)
+        blocks, x = nn.ModuleList(Block() for _ in range(3)), torch.randn(5, 4)
+
+        def loss(weight: float, blocks: Any = blocks, x: Tensor = x) -> Tensor:
+            context = SimpleNamespace(aside=torch.zeros(()), weight=weight)
+            for block in blocks:
+                x = block(x, context)
+            return x.square().mean() + context.aside
+
+        optimizer = ZOOptimizer(blocks, lr=1e-3, eps=1e-3, estimator=Coordinatewise(reuse=reuse), safeguard=None)
+        for step in range(3):
+            with pytest.warns(ZOWarning, match="Features are not reused from now on") if reuse and step == 1 else nullcontext():
+                optimizer.step(lambda step=step, loss=loss: loss(0.5 * step))
+        found.append(optimizer.report.values)
+    assert found[0] == found[1]
+
+
+def test_tables_that_shorten_their_rows_are_refused() -> None:
+    model = nn.Sequential(nn.Embedding(3, 2, max_norm=1.0), nn.Linear(2, 1))
+    optimizer = ZOOptimizer(model, lr=0.0, estimator=Coordinatewise(), safeguard=None)
+    with pytest.raises(ValueError, match=r"'0.weight' is a table with max_norm=1.0.*elements are put back by themselves"):
+        optimizer.step(lambda: model(torch.tensor([0, 1])).square().mean())
 
 
 def test_compiled_modules_are_not_reused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -537,6 +472,73 @@ def test_a_weight_that_is_read_by_another_name_is_no_batch() -> None:
     other = ZOOptimizer(mlp(), lr=0.0, eps=EPS, estimator=Coordinatewise())
     other.step(mean_square(other.module, (x, y)))
     assert torch.tensor(optimizer.report.values).allclose(torch.tensor(other.report.values), rtol=1e-12)
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "parameter": lambda w: w,
+    "transposed": lambda w: w.T,
+    "data": lambda w: w.data,
+    "detached": lambda w: w.detach(),
+    "rows": lambda w: w.detach()[:4],
+}
+
+
+@pytest.mark.parametrize("when", ["before", "within"])
+@pytest.mark.parametrize("view", VIEWS)
+def test_what_has_the_memory_of_a_weight_counts_with_batches_too(view: str, when: str) -> None:
+    found = []
+    for batch in (1, 4):
+        model = nn.Linear(6, 5, bias=False)
+        nn.init.ones_(model.weight)
+        weight = model.weight
+        kept = VIEWS[view](weight)
+        optimizer = ZOOptimizer(model, lr=0.1, eps=EPS, estimator=Coordinatewise(batch=batch, reuse=False), safeguard=None)
+        with pytest.warns(ZOWarning, match=r"'weight' is read by another name") if batch > 1 else nullcontext():
+            optimizer.step(lambda kept=kept, weight=weight: (kept if when == "before" else VIEWS[view](weight)).square().sum())
+        found.append(model.weight.detach())
+    assert bool((found[0] < 1).any())
+    assert torch.equal(found[0], found[1])
+
+
+def test_batches_are_evaluated_by_the_function_that_single_points_are() -> None:
+    """torch's fast path of transformer layers puts zeros at padded positions."""
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), 2)
+            self.head = nn.Linear(8, 1)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.head(self.layers(x, src_key_padding_mask=mask).mean(1))
+
+    torch.manual_seed(0)
+    model = Encoder().eval()
+    x, mask = torch.randn(2, 6, 8), torch.tensor([[0] * 6, [0] * 4 + [1] * 2]).bool()
+    optimizer = ZOOptimizer(model, lr=0.0, eps=1e-3, estimator=Coordinatewise(batch=4, reuse=False), safeguard=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's of nested tensors, and ours where it has no batches
+        optimizer.step(lambda: model(x, mask).square().mean())
+    values = torch.tensor(optimizer.report.values)
+    assert float((values[1:] - values[0]).abs().max()) < 1e-3
+
+
+def test_a_batch_leaves_nothing_behind_that_can_not_be_read() -> None:
+    class Leaving(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.log = nn.Linear(4, 4), nn.Linear(4, 2), []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.last = torch.tanh(self.a(x))
+            self.log.append(self.last.mean())
+            return self.b(self.last)
+
+    model = Leaving()
+    optimizer = ZOOptimizer(model, lr=1e-3, eps=1e-3, estimator=Coordinatewise(batch=4, reuse=False), safeguard=None)
+    optimizer.step(lambda: model(torch.ones(5, 4)).square().mean())
+    assert float(model.last.sum()) == float(model.last.sum())
+    assert all(math.isfinite(value) for value in model.log)
 
 
 # ---- replay, resume, hosts

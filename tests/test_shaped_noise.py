@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from zo_lightning.engine import LowRank, Noise, Sphere, ZOOptimizer
 from zo_lightning.engine.masks import Mask
 from zo_lightning.engine.noise import Change, Item, Place, Shaped, apply_changes, as_noise, sweep
-from zo_lightning.engine.noise.kept import kept
+from zo_lightning.engine.noise.kept import Kept
 from zo_lightning.engine.parameters import Trained, parameter_key
 from zo_lightning.engine.residency import Offload
 
@@ -290,38 +290,44 @@ def test_a_direction_of_length_zero_stays_zero() -> None:
 
 
 def test_what_is_kept_has_a_bound_in_bytes() -> None:
-    drawn: list[int] = []
-
-    @kept(1000)
-    def zeros(count: int) -> Tensor:
-        drawn.append(count)
-        return torch.zeros(count)
-
-    first = zeros(100)
-    assert zeros(100) is first
-    zeros(120)
-    zeros(100)
-    zeros(50)  # 400 + 480 + 200 bytes: the one that was not asked for longest goes
-    assert zeros(100) is first
-    assert zeros.info() == (2, 600)  # type: ignore[attr-defined]
-    assert len(zeros(300)) == len(zeros(300)) == 300  # more than all that may be kept
-    assert drawn == [100, 120, 50, 300, 300]
+    kept = Kept(1000)
+    for name, count in (("a", 100), ("b", 120), ("c", 300)):  # the last one is larger than all that may be kept
+        kept.put(name, torch.zeros(count))
+    assert kept.get("a") is not None
+    kept.put("d", (torch.zeros(25), torch.zeros(25)))  # 400 + 480 + 200 bytes: what was not asked for longest goes
+    assert [name in kept for name in "abcd"] == [True, False, False, True]
+    assert kept.bytes == 600
+    assert len(kept) == 2
 
 
 @pytest.mark.parametrize("noise", [LowRank(4), LowRank(4, refresh=1), LowRank(4, orthogonal=True)], ids=str)
-def test_many_matrices_are_drawn_once_a_step_and_large_vectors_are_not_kept(noise: LowRank) -> None:
-    functions = [getattr(sys.modules["zo_lightning.engine.noise.low_rank"], name) for name in ("_left", "_right", "_turned", "_bases")]
-    before = sum(function.info().bytes for function in functions)
+def test_many_matrices_are_drawn_once_a_step_and_large_vectors_are_not_kept(noise: LowRank, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["zo_lightning.engine.noise.low_rank"]
+    monkeypatch.setattr(module, "_DRAWN", Kept(1 << 26))
+    drawn: list[int] = []
+    real = module.pairs
+    monkeypatch.setattr(module, "pairs", lambda keys, sizes, fused: drawn.extend(sizes) or real(keys, sizes, fused))
     model = nn.ParameterList([nn.Parameter(torch.zeros(20, 6)) for _ in range(300)] + [nn.Parameter(torch.zeros(1_000_000))])
-    optimizer = ZOOptimizer(model, 1e-3, eps=1e-3, noise=noise, weights="copy", seed=noise.refresh)
-    with pytest.MonkeyPatch.context() as patch:
-        calls: list[int] = []
-        module = sys.modules["zo_lightning.engine.noise.low_rank"]
-        real = module._drawn
-        patch.setattr(module, "_drawn", lambda *how: calls.append(1) or real(*how))
-        optimizer.step(lambda: sum(p.sum() for p in model))
-    assert len(calls) == 600  # of both evaluations and the update
-    assert sum(function.info().bytes for function in functions) - before < 1_500_000
+    optimizer = ZOOptimizer(model, 1e-3, eps=1e-3, noise=noise, weights="copy")
+    optimizer.step(lambda: sum(p.sum() for p in model))
+    assert len(drawn) == 600  # of both evaluations and the update
+    assert module._DRAWN.bytes < 1 << 18
+
+
+def test_values_are_the_same_whatever_they_are_drawn_with() -> None:
+    noise = LowRank(3, refresh=1)
+    places = [
+        Place(key, torch.Size(shape), torch.device("cpu")) for key, shape in enumerate([(40, 7), (300, 200), (5,), (9001,), (12_000, 3)])
+    ]
+    module = sys.modules["zo_lightning.engine.noise.low_rank"]
+    found = []
+    for together in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "_DRAWN", Kept(1 << 26))
+            if together:
+                noise.prepare([7, 8], places)
+            found.append([noise.values(seed, place, range(math.prod(place.shape))) for seed in (8, 7) for place in places])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 # ---- names

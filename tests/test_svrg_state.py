@@ -214,6 +214,20 @@ def test_weights_that_were_changed_by_others_begin_with_another_anchor_in_a_log(
         replay(mlp(seed=5), log.path)
 
 
+@pytest.mark.parametrize("weights", ["exact", "copy", "inplace"])
+def test_weights_that_were_changed_by_others_begin_with_another_anchor_without_a_log_too(weights: str) -> None:
+    """The best weights of a run are loaded in the middle of an epoch: nothing pulls them back to where the anchor was."""
+    model, optimizer = of(SVRG(1, refresh=10, anchor=1), weights=weights)
+    made = []
+    for step in range(6):
+        if step == 3:
+            with torch.no_grad():
+                model[0].weight.mul_(0.5)
+        steps(model, optimizer, 1, first=step)
+        made.append(of_anchor(optimizer))
+    assert made == [1, 2, 3, 1, 2, 3]
+
+
 @pytest.mark.filterwarnings("ignore:Before step:zo_lightning.engine.messages.ZOWarning")
 def test_weights_that_were_changed_within_a_step_are_refused_in_a_log_and_it_goes_on(tmp_path: Path) -> None:
     model, optimizer = of(SVRG(1, refresh=10, anchor=1), weights="copy")

@@ -65,6 +65,15 @@ def gaussian(seed: int, key: int, index: NDArray[np.int64], label: str = "zo.noi
     return radius * np.where(within < HALF, np.cos(angle), np.sin(angle))
 
 
+def paired(seed: int, key: int, count: int, label: str = "zo.noise") -> Values:
+    """Box-Muller whose hash i gives value i, a cosine, and value ceil(count / 2) + i, a sine."""
+    half = -(-count // 2)
+    first, second = _hash(seed, key, np.arange(half), label)
+    radius = np.sqrt(-2 * np.log(((first >> np.uint32(8)).astype(np.float64) + 1) / 2**24))
+    angle = np.pi * second.view(np.int32).astype(np.float64) / 2**31
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
+
+
 def sphere(seed: int, key: int, shape: Sequence[int]) -> Values:
     """Gaussian values of the length sqrt(n)."""
     x = gaussian(seed, key, np.arange(math.prod(shape)))
@@ -75,15 +84,15 @@ def low_rank(seed: int, key: int, shape: Sequence[int], rank: int = 2, refresh: 
     """A matrix (m, n) is U V' / sqrt(r), or sqrt(m n) / r U S V' with orthonormal U, V; the bits of the seed from 40 up are the basis's."""
     m, n = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
     if min(m, n) < 2:
-        return gaussian(seed, key, np.arange(m * n))
+        return paired(seed, key, m * n) if m * n <= 2**15 else gaussian(seed, key, np.arange(m * n))
     r, basis = min(rank, m, n), seed if refresh == 1 and not orthogonal else seed // 2**40
     if orthogonal:
-        drawn = gaussian(basis, key, np.arange((m + n) * r), "zo.basis")
+        drawn = paired(basis, key, (m + n) * r, "zo.basis")
         u, v = (_orthonormal(part.reshape(-1, r)) for part in (drawn[: m * r], drawn[m * r :]))
-        core = gaussian(seed, key, np.arange(r * r)).reshape(r, r)
+        core = paired(seed, key, r * r).reshape(r, r)
         return (math.sqrt(m * n) / r * (u @ core @ v.T)).ravel()
-    u = gaussian(seed, key, np.arange(m * r)).reshape(m, r)
-    v = gaussian(basis, key, np.arange(n * r), "zo.basis").reshape(n, r)
+    u = paired(seed, key, m * r).reshape(m, r)
+    v = paired(basis, key, n * r, "zo.basis").reshape(n, r)
     return (u @ v.T / math.sqrt(r)).ravel()
 
 

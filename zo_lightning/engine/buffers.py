@@ -68,10 +68,17 @@ class Buffers:
             return kept.buffer._version != kept.version
         return not torch.equal(kept.before, kept.buffer)
 
+    def _may_change(self) -> list[_Kept]:
+        known = self._changing
+        return [k for place, k in self._kept.items() if known is None or place in known or isinstance(k.owner, _NormBase)]
+
+    def moving(self) -> list[tuple[nn.Module, str]]:
+        """Where the buffers are that evaluations change, for evaluations that are one."""
+        return [(kept.owner, kept.name) for kept in self._may_change()]
+
     def places(self) -> list[Place]:
         """The buffers that evaluations change, for evaluations that take turns: each has its own."""
-        known = self._changing
-        changing = [k for place, k in self._kept.items() if known is None or place in known or isinstance(k.owner, _NormBase)]
+        changing = self._may_change()
         tables = {id(kept.owner): Bound(kept.owner._buffers) for kept in changing}
         return [*tables.values(), *(Written(kept.buffer) for kept in changing)]
 

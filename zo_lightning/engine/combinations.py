@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from zo_lightning.engine.backprop import Backprop
 from zo_lightning.engine.estimators import Estimator
-from zo_lightning.engine.noise import Basis, Noise, Rademacher
-from zo_lightning.engine.residency import Offload
+from zo_lightning.engine.noise import Basis, Noise, Rademacher, Shaped
+from zo_lightning.engine.residency import Batched, Offload
 from zo_lightning.engine.updates import SGD, GroupSettings, UpdateRule
 
 if TYPE_CHECKING:
@@ -22,11 +22,27 @@ def check_together(options: EngineOptions, rule: UpdateRule, estimator: Estimato
     """Raise ValueError for the first clash; the objects are those that the options name."""
     estimator.begin().check([GroupSettings(options.lr or 0.0, options.eps or 1.0, options.weight_decay or 0.0)])
     clashes = [*_of_estimator(options, estimator), *_of_rule(options, rule, estimator, noise)]
+    if options.weights == "batched" or isinstance(options.weights, Batched):
+        clashes = [*_of_batches(estimator, rule, noise, backprop), *clashes]
     if backprop is not None:
         clashes += _of_backprop(options, estimator)
     for clash, said in clashes:
         if clash:
             raise ValueError(said)
+
+
+def _of_batches(estimator: Estimator, rule: UpdateRule, noise: Noise, backprop: Backprop | None) -> Iterator[Clash]:
+    batched = 'with weights="batched", which evaluates all points in one forward pass'
+    yield (
+        estimator.tangents or estimator.coordinates is not None,
+        f'Invalid estimator: {estimator!r} {batched} of displaced weights. Use SPSA(queries=n), or weights="exact".',
+    )
+    yield (
+        rule.rescales or not (isinstance(noise, Shaped) and noise.factored),
+        f"Invalid noise: {noise.text!r}, update={rule.name!r} {batched} by the factors of their noise. Use "
+        'noise="low_rank(rank=1, refresh=1)" with an update that leaves it as it is, or weights="exact".',
+    )
+    yield (backprop is not None, f'Invalid backprop: {backprop!r} {batched} and keeps no graph. Use weights="exact".')
 
 
 def _of_estimator(options: EngineOptions, estimator: Estimator) -> Iterator[Clash]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from zo_lightning.engine.backprop.graph import NO_GRAPH, NoGraph
 from zo_lightning.engine.buffers import Buffers
@@ -18,11 +19,12 @@ from zo_lightning.engine.lockstep import Lockstep, Remember, abreast
 from zo_lightning.engine.messages import say_once
 from zo_lightning.engine.parameters import Trained
 from zo_lightning.engine.randomness import HostState, host_state
-from zo_lightning.engine.residency import Offloaded, Residency
+from zo_lightning.engine.residency import Offloaded, Population, Residency
 from zo_lightning.engine.reuse import Reuse, same
 from zo_lightning.engine.signals import held, interruptible
-from zo_lightning.engine.stacked import Stacked
+from zo_lightning.engine.stacked import Stacked, copies_of
 from zo_lightning.engine.tangents import showing, slope_of
+from zo_lightning.engine.undo import undoing
 
 Closure = Callable[[], Any]
 Muted = Callable[[], AbstractContextManager[Any]]
@@ -46,6 +48,8 @@ class Task(NamedTuple):
     """Whether points are directions along which the loss is differentiated; the loss itself is the value of ()."""
     coordinates: Ways | None = None
     """How points of one weight each are evaluated."""
+    apart: bool = False
+    """Whether `observe` may be called behind the evaluation, for it asks nothing of the module."""
     noticed: bool = True
     """Whether the first evaluation is outside of `muted` and leaves the buffers as it made them."""
     graph: NoGraph = NO_GRAPH
@@ -82,7 +86,8 @@ class Evaluator:
         self.lockstep = False
         """Whether the last evaluations took turns."""
         self._lockstep = Lockstep(module)
-        self._reuse, self._stacked = Reuse(module), Stacked(module)
+        self._reuse, self._stacked = Reuse(module), Stacked(module, "batch= of Coordinatewise", loops=False)
+        self._batched = Stacked(module, 'weights="batched"', loops=True)
 
     def evaluate(self, task: Task) -> Evaluated:
         """Evaluate at every point; no losses where the closure gives none.
@@ -146,7 +151,8 @@ class Evaluator:
         samples: list[Any] = []
         with task.residency.session():
             task.residency.expect(task.points)
-            for index, point in enumerate(task.points):
+            others = self._population(task, host)
+            for index, point in enumerate(task.points[:1] if others else task.points):
                 unnoticed = index == (0 if task.remember is None else 1)  # all that it left behind is put back, if anything is
                 watched = self._lockstep.watched(task.residency, task.remember) if unnoticed else nullcontext()
                 with watched, task.residency.at(point, task.eps), task.around(index):
@@ -165,7 +171,57 @@ class Evaluator:
                     raise RuntimeError(_NOT_REACHED)
                 if index + 1 < len(task.points):
                     self.buffers.rewind()
-        return Evaluated(first, losses, samples)
+        found = others or Evaluated(None, [], [])
+        return Evaluated(first, losses + found.losses, samples + found.samples)
+
+    def _population(self, task: Task, host: HostState) -> Evaluated | None:
+        """All points but the first in one evaluation, where the residency has batches and the closure too; it comes before the first one.
+
+        What is left behind in Python is then that of the first one, as it always is.
+        """
+        residency, points, observe = task.residency, task.points[1:], task.observe or _nothing
+        if (
+            not isinstance(residency, Population)
+            or not self._batched.possible
+            or not points
+            or (task.observe is not None and not task.apart)
+        ):
+            return None
+        structure: list[Any] = []
+
+        def evaluate() -> Any:
+            output, _ = self._one(task._replace(observe=None), host)
+            loss = task.loss_of(output)
+            if loss is None:
+                return ()
+            tensors, spec = tree_flatten(None if task.observe is None else output)
+            structure[:] = [spec, [None if isinstance(leaf, Tensor) else leaf for leaf in tensors]]
+            return (as_scalar(loss), *(leaf for leaf in tensors if isinstance(leaf, Tensor)))
+
+        losses: list[Tensor] = []
+        samples: list[Any] = []
+        for begin in range(0, len(points), residency.members or len(points)):
+            some = points[begin : begin + (residency.members or len(points))]
+            with task.muted(), self._untraced(), residency.together(some, task.eps) as stacks:
+                found = self._batched.run(stacks, evaluate, self.buffers.moving())
+            self.buffers.rewind()
+            if not found:
+                return None
+            losses += found[0].unbind()
+            for i in range(len(some)) if task.observe is not None else ():
+                own = (leaf[i] for leaf in found[1:])
+                leaves = [next(own) if leaf is None else leaf for leaf in structure[1]]
+                samples.append(observe(tree_unflatten(leaves, structure[0])))
+        self.count += len(points)
+        return Evaluated(None, losses, samples)
+
+    @contextmanager
+    def _untraced(self) -> Iterator[None]:
+        """Around an evaluation of several values, whose tensors nobody can read afterwards: attributes of modules are put back."""
+        with undoing() as undo:
+            if self.module is not None:
+                undo.modules(self.module)
+            yield
 
     def _derivatives(self, task: Task, host: HostState) -> Evaluated:
         """The loss comes with its first derivative, and is evaluated by itself only where there is none.
@@ -207,12 +263,18 @@ class Evaluator:
         losses: list[Tensor] = []
         samples: list[Any] = []
         nudges = Nudges(task.residency, task.points, task.eps, task.seed)
-        with self._reuse.session(host.devices) if ways.reuse and len(task.points) > 2 else nullcontext(False) as recorded:
-            if recorded:
+        together = self._stacked.alike(task.residency.trained) if ways.batch > 1 else nullcontext()
+        with together, self._reuse.session(host.devices) if ways.reuse and len(task.points) > 2 else nullcontext(False) as reuses:
+            if reuses:
                 with self._reuse.recording(task.residency.trained, nudges.parameters), task.muted():
-                    self._one(task, host)
+                    recorded = self._outcome(task, host)
                 self.buffers.first_done()
                 self.buffers.rewind()
+                if (deepest := self._reuse.deepest(nudges.parameters)) is not None:
+                    with task.muted(), self._reuse.replaying(deepest):
+                        again = self._outcome(task, host)
+                    self.buffers.rewind()
+                    self._reuse.check(deepest, same(again, recorded))
             for group in nudges.groups(ways.batch):
                 found = self._together(task, nudges, group, host) if len(group) > 1 else None
                 for index in group if found is None else ():
@@ -247,9 +309,14 @@ class Evaluator:
     def _proof(self, task: Task, p: Trained, host: HostState) -> tuple[Any, Any]:
         """(the loss, the sample) with features; before those without, which would renew what the model keeps between calls."""
         with task.muted(), self._reuse.replaying(p):
-            output, sample = self._one(task, host)
-            loss = task.loss_of(output)
+            found = self._outcome(task, host)
         self.buffers.rewind()
+        return found
+
+    def _outcome(self, task: Task, host: HostState) -> tuple[Any, Any]:
+        """(the loss, the sample) of an evaluation."""
+        output, sample = self._one(task, host)
+        loss = task.loss_of(output)
         return (None if loss is None else as_scalar(loss)), sample
 
     def _together(self, task: Task, nudges: Nudges, group: list[int], host: HostState) -> list[Tensor] | None:
@@ -257,9 +324,9 @@ class Evaluator:
         p = nudges.parameters[group[0]]
         if p is None or not self._stacked.possible:
             return None
-        with task.residency.still(), task.muted(), self._reuse.replaying(p):
+        with task.residency.still(), task.muted(), self._untraced(), self._reuse.replaying(p):
             evaluate = lambda: as_scalar(task.loss_of(self._one(task, host)[0]))  # noqa: E731
-            found = self._stacked.losses(p, nudges.stack(group), evaluate)
+            found = self._stacked.run([copies_of(p, nudges.stack(group))], evaluate)
         if group[-1] + 1 < len(task.points) or found is None:
             self.buffers.rewind()
         if found is None:
@@ -303,6 +370,10 @@ class Evaluator:
         finally:
             for module in off:
                 vars(module).pop("forward", None)
+
+
+def _nothing(output: Any) -> None:
+    """Nobody asks."""
 
 
 def _grad_of(tensor: Tensor) -> tuple[int, int]:

@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from zo_lightning.engine.changed import State, Watch, same
+from zo_lightning.engine.messages import tell_once
 from zo_lightning.engine.updates import GroupSettings
 
 if TYPE_CHECKING:
@@ -63,9 +65,16 @@ class Journal(ABC):
     def remember(self, optimizer: ZOOptimizer) -> None:
         """Evaluations or an update ended: the weights are as they should be."""
 
+    def loaded(self) -> None:  # noqa: B027 (a log compares fingerprints)
+        """The optimizer got another state, and the weights may get other values with it."""
+
 
 class Unrecorded(Journal):
-    """Nobody is told."""
+    """Nobody is told. Of weights that others changed, an estimator forgets what it has measured."""
+
+    def __init__(self) -> None:
+        self._watch = Watch()
+        self._state: State | None = None
 
     def recall(self, step: int, updating: bool) -> StepRecord | None:
         return None
@@ -74,10 +83,18 @@ class Unrecorded(Journal):
         pass
 
     def look(self, optimizer: ZOOptimizer, micro_batches: int, updating: bool) -> None:
-        pass
+        if micro_batches or updating or self._state is None or not optimizer.estimator.remembers:
+            return
+        if not same(self._watch.state(optimizer.residency), self._state):
+            tell_once("estimator.changed", f"{optimizer.estimator} begins anew: weights were changed by others since its last step.")
+            optimizer.progress.clear()
 
     def append(self, record: StepRecord) -> None:
         pass
 
+    def loaded(self) -> None:
+        self._state = None
+
     def remember(self, optimizer: ZOOptimizer) -> None:
-        pass
+        if optimizer.estimator.remembers:
+            self._state = self._watch.state(optimizer.residency)

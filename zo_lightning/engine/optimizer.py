@@ -51,7 +51,7 @@ from zo_lightning.engine.parallel.alike import check_mesh, described, digest, su
 from zo_lightning.engine.parameters import Trained, collect, every_name_of, names_of, signature, split_input
 from zo_lightning.engine.progress import Progress
 from zo_lightning.engine.report import Estimate, StepReport, make_report
-from zo_lightning.engine.residency import Masters, Offload, Residency, build_residency
+from zo_lightning.engine.residency import Batched, Masters, Offload, Residency, build_residency
 from zo_lightning.engine.safeguard import Safeguard
 from zo_lightning.engine.seeds import evaluation_seed, rounding_seed
 from zo_lightning.engine.shards import any_sharded
@@ -75,7 +75,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         noise: "rademacher", "gaussian", "sphere", "low_rank", or a `Noise`.
         estimator: an `Estimator`; None is `SPSA(queries=1)`.
         update: "sgd", "sign", "momentum", "adam", "hizoo", or an `UpdateRule`. lr must be given with those that are not SGD or momentum.
-        weights: "exact", "copy", "inplace" or "auto": how perturbed weights come to exist (docs/architecture.md).
+        weights: "exact", "copy", "inplace", "batched" or "auto", or an `Offload` or `Batched`: how perturbed weights come to exist
+            (docs/architecture.md).
         seed: of the run; perturbations and dropout masks are functions of (seed, step).
         dropout: False switches Dropout modules off during evaluations, as MeZO's eval mode does.
         clip: bound on the absolute projected gradient of each query.
@@ -101,7 +102,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         noise: str | Noise = "rademacher",
         estimator: str | Estimator | None = None,
         update: str | UpdateRule = "sgd",
-        weights: str | Offload = "auto",
+        weights: str | Offload | Batched = "auto",
         seed: int = 0,
         dropout: bool = True,
         clip: float | None = None,
@@ -352,6 +353,7 @@ class ZOOptimizer(torch.optim.Optimizer):
 
         task = Task(closure, window.own, residency, [], seed, muted, loss_of, observe, remember, self.estimator.tangents)
         task = task._replace(coordinates=self.estimator.coordinates, graph=self.tail.graph(window, residency, self.module))
+        task = task._replace(apart=self.objective is not None and not self.objective.asks_module)
         if plan is not None:
             return recall.estimate(plan, self.estimator, self._evaluator, task, window, weight)
         task = task._replace(eps=self._eps_of(window))

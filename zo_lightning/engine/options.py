@@ -17,9 +17,10 @@ from zo_lightning.engine.noise import Noise, as_noise
 from zo_lightning.engine.noise.rounding import rounds
 from zo_lightning.engine.objectives import Objective
 from zo_lightning.engine.parallel import Mesh, mesh_of
-from zo_lightning.engine.residency import WEIGHTS, Offload, Residency
+from zo_lightning.engine.residency import WEIGHTS, Batched, Offload, Residency
 from zo_lightning.engine.safeguard import Safeguard
-from zo_lightning.engine.tangents import check_tables, places_of
+from zo_lightning.engine.shown import places_of
+from zo_lightning.engine.tangents import check_tables
 from zo_lightning.engine.updates import RULES, TorchOptimizer, UpdateRule
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class EngineOptions:
     noise: str | Noise = "rademacher"
     estimator: str | Estimator | None = None
     update: str | UpdateRule = "sgd"
-    weights: str | Offload = "auto"
+    weights: str | Offload | Batched = "auto"
     weight_decay: float | None = None
     dropout: bool = True
     clip: float | None = None
@@ -67,8 +68,8 @@ class EngineOptions:
                 raise ValueError(f"Invalid {name}: {value!r}. Must be an integer >= {least} and < 2**64.")
         if not isinstance(self.dropout, bool):
             raise ValueError(f"Invalid dropout: {self.dropout!r}. Must be True (as the model is set) or False (Dropout modules off).")
-        if not isinstance(self.weights, Offload):
-            choose("weights", self.weights, WEIGHTS, "an Offload")
+        if not isinstance(self.weights, (Offload, Batched)):
+            choose("weights", self.weights, WEIGHTS, "an Offload or Batched")
         if self.mask is not None and not isinstance(self.mask, Mask):
             raise ValueError(f"Invalid mask: {self.mask!r}. Must be a Mask (zo_lightning.engine.masks), or None.")
         if self.objective is not None and not isinstance(self.objective, Objective):
@@ -155,6 +156,8 @@ def check_estimator(estimator: Estimator, residency: Residency) -> None:
     """ValueError where an estimator can't be used with these weights."""
     if estimator.coordinates is not None and any(p.region is not None for p in residency.trained):
         raise ValueError(f"Invalid estimator: {estimator!r} with sharded weights, of which no process has all. Use SPSA().")
+    if estimator.coordinates is not None and residency.module is not None:
+        check_tables(places_of(residency.module, residency.trained), "displaced elements are put back by themselves")
     if estimator.tangents:
         if any(p.region is not None for p in residency.trained):
             raise ValueError(f"Invalid estimator: {estimator!r} with sharded weights, which have no tangents here. Use SPSA().")

@@ -6,6 +6,7 @@ import copy
 import functools
 import math
 import threading
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -81,7 +82,7 @@ class Reuse:
         self._devices, self._thread = devices, threading.get_ident()
         try:
             for module in modules:
-                module.forward = self._around(module, module.forward)
+                module.forward = _Forward(self, module, module.forward)
             yield bool(modules)
         finally:
             for module, forward in zip(modules, before, strict=True):
@@ -177,6 +178,11 @@ class Reuse:
         finally:
             self._at = None
 
+    def deepest(self, points: Iterable[Trained | None]) -> Trained | None:
+        """Whose displacement leaves most calls out; None where none does."""
+        found = max((p for p in points if p is not None), key=lambda p: self._read.get(p.key, math.inf), default=None)
+        return found if found is not None and any(call.returns(self._read.get(found.key, math.inf)) for call in self._calls) else None
+
     def unproved(self, p: Trained | None) -> bool:
         """Whether the next evaluation that displaces `p` leaves calls out, as none in this run has done before."""
         return p is not None and p.key not in self._proved and any(call.returns(self._read.get(p.key, math.inf)) for call in self._calls)
@@ -184,26 +190,27 @@ class Reuse:
     def prove(self, p: Trained, equal: bool) -> None:
         """Whether an evaluation had the same bits with calls left out."""
         self._proved.add(p.key)
+        self.check(p, equal)
+
+    def check(self, p: Trained, equal: bool) -> None:
+        """The same of the weights as they are, in every micro-batch."""
         if not equal:
             self._off, self._calls = True, []
             say_once(
                 "reuse.differs",
-                f"Features are not reused from now on: a displacement of {p.name!r} had another loss with them than without. The model "
-                "keeps something between module calls, or has a generator of its own. Coordinatewise(reuse=False) says nothing.",
+                f"Features are not reused from now on: before {p.name!r} is read, the loss was another one with them than without. The "
+                "model keeps something between module calls, or has a generator of its own. Coordinatewise(reuse=False) says nothing.",
             )
 
-    def _around(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(forward)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != self._thread:
-                return forward(*args, **kwargs)
-            if self._clock is not None:
-                return self._recorded(module, forward, args, kwargs, self._clock)
-            if self._at is None:
-                return forward(*args, **kwargs)
-            return self._replayed(module, forward, args, kwargs, self._at)
-
-        return call
+    def call(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """What `forward` of a module is called through inside a session."""
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        if self._clock is not None:
+            return self._recorded(module, forward, args, kwargs, self._clock)
+        if self._at is None:
+            return forward(*args, **kwargs)
+        return self._replayed(module, forward, args, kwargs, self._at)
 
     def _replayed(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, at: int) -> Any:
         known = self._calls[at] if at < len(self._calls) else None
@@ -217,6 +224,22 @@ class Reuse:
             return _copied(known.output)
         self._at = at + 1
         return forward(*args, **kwargs)
+
+
+class _Forward:
+    """The forward of a module inside a session. A copy of the module has its own, outside of it."""
+
+    def __init__(self, reuse: Reuse, module: nn.Module, forward: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, forward)
+        self._reuse, self._module, self._forward = reuse, module, forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._reuse.call(self._module, self._forward, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        owner = memo.get(id(self._module), self._module)
+        inherited = getattr(self._forward, "__self__", None) is self._module
+        return types.MethodType(type(owner).forward, owner) if inherited else copy.deepcopy(self._forward, memo)
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:

@@ -143,6 +143,7 @@ def load(optimizer: ZOOptimizer, zo: dict[str, Any]) -> None:
     optimizer.tail.load_state_dict(zo.get("backprop"))
     optimizer.masks.load_state_dict(zo["masks"], _devices(optimizer))
     optimizer.progress.load_state_dict(zo["progress"])
+    optimizer.journal.loaded()
     if optimizer.safeguard is not None and zo["safeguard"] is not None:
         optimizer.safeguard.load_state_dict(zo["safeguard"])
     optimizer._window = None if zo["window"] is None else optimizer._new_window()

@@ -86,15 +86,19 @@ class Graph(NoGraph):
 
     def _add(self, loss: Tensor) -> None:
         aliases = [alias for p in self.parameters for alias in p.aliases]
-        first = not self._tail.reached
+        first, lost = not self._tail.reached, list[str]()
         found = iter(torch.autograd.grad(loss.reshape(()), aliases, allow_unused=True))
         for p, total in zip(self.parameters, self.sums, strict=True):
-            for gradient in (next(found) for _ in p.aliases):
-                if gradient is not None:
-                    total.add_(gradient.to(total.device))
-                    self._tail.reached = True
+            gradients = [gradient for gradient in (next(found) for _ in p.aliases) if gradient is not None]
+            for gradient in gradients:
+                total.add_(gradient.to(total.device))
+                self._tail.reached = True
+            if first and not gradients:
+                lost.append(p.name)
         if not self._tail.reached:
             raise RuntimeError(_NO_GRADIENT.format(what="does not depend on them"))
+        if lost:
+            say_once("backprop.lost", _LOST.format(names=", ".join(map(repr, lost[:5]))))
         if first and _others_in(loss, {id(alias) for alias in aliases}):
             say_once("backprop.others", _OTHERS)
 
@@ -150,6 +154,12 @@ def _storage(tensor: Tensor) -> int:
 _NO_GRADIENT = (
     "The loss has no gradient with respect to the parameters of backprop=: it {what}. Return it as the model computed it, with its graph "
     "(no .detach(), .item() or no_grad in the closure), or leave backprop out."
+)
+
+_LOST = (
+    "{names} of backprop= had no gradient in the first evaluation, and are not trained as long as they have none: the loss does not depend "
+    "on them there, or they run inside checkpoint(use_reentrant=True), which needs an input that requires a gradient. Use "
+    "use_reentrant=False."
 )
 
 _BEHIND = (

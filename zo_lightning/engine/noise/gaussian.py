@@ -103,6 +103,18 @@ def normal(key: Tensor, where: range, numel: int, fused: bool = False) -> Tensor
     return whole[where.start - first : where.stop - first]
 
 
+def pairs(keys: Tensor, sizes: Sequence[int], fused: bool = False) -> list[Tensor]:
+    """Standard normal values of several streams, `sizes` of each, in float32: hash i gives those at i and at ceil(size / 2) + i.
+
+    Other values than those of `Gaussian`, for half the hashes: for what is always drawn as a whole. `keys` has shape (streams, 3).
+    """
+    half = [-(-size // 2) for size in sizes]
+    hashes = (fused_threefry if fused else threefry)(*counters(keys, [(row, 0, count) for row, count in enumerate(half)]))
+    radius, angle = _polar(*hashes)
+    sides = zip((radius * torch.cos(angle)).split(half), (radius * torch.sin(angle)).split(half), strict=True)
+    return [torch.cat(both)[:size] for both, size in zip(sides, sizes, strict=True)]
+
+
 def _alias(x: Tensor) -> Tensor:
     """The same memory as a storage of its own: torch.compile copies whole tensors when two mutated inputs share one storage."""
     return torch.from_dlpack(x)

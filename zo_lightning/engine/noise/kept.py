@@ -1,75 +1,45 @@
-"""What was drawn lately, up to a number of bytes."""
+"""What was made lately, up to a number of bytes."""
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from collections.abc import Hashable
+from typing import Any
 
 from torch import Tensor
 
-P = ParamSpec("P")
-T = TypeVar("T", Tensor, tuple[Tensor, Tensor])
 
-
-class _Info(NamedTuple):
-    """How many results there are, and the bytes of their tensors."""
-
-    entries: int
-    bytes: int
-
-
-class _Kept:
-    """The results of a function by its arguments, oldest use first."""
+class Kept:
+    """Tensors, or tuples of them, by what they are: those that were used last, of at most `limit` bytes together."""
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._found: OrderedDict[Any, tuple[Any, int]] = OrderedDict()
-        self._bytes = 0
+        self.limit = limit
+        self.bytes = 0
+        self._found: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: Any) -> Any:
-        with self._lock:
-            if key not in self._found:
-                return None
-            self._found.move_to_end(key)
-            return self._found[key][0]
+    def __len__(self) -> int:
+        return len(self._found)
 
-    def put(self, key: Any, value: Any) -> None:
+    def __contains__(self, what: Hashable) -> bool:
+        return what in self._found
+
+    def get(self, what: Hashable) -> Any:
+        """What was put there, if it is still there; None otherwise."""
+        with self._lock:
+            if what not in self._found:
+                return None
+            self._found.move_to_end(what)
+            return self._found[what][0]
+
+    def put(self, what: Hashable, value: Tensor | tuple[Tensor, ...]) -> None:
+        """Keep it, and of the others what there is room for; nothing that is larger than all of it."""
         size = sum(part.numel() * part.element_size() for part in ((value,) if isinstance(value, Tensor) else value))
         with self._lock:
-            if size > self._limit or key in self._found:
+            if size > self.limit or what in self._found:
                 return
-            self._found[key] = (value, size)
-            self._bytes += size
-            while self._bytes > self._limit:
-                self._bytes -= self._found.popitem(last=False)[1][1]
-
-    def info(self) -> _Info:
-        with self._lock:
-            return _Info(len(self._found), self._bytes)
-
-
-def kept(limit: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """functools.lru_cache for functions that return tensors: what was used last, up to `limit` bytes; positional arguments alone.
-
-    The returned function has an `info()`: (entries, bytes).
-    """
-
-    def decorate(function: Callable[P, T]) -> Callable[P, T]:
-        memory = _Kept(limit)
-
-        @functools.wraps(function)
-        def remembered(*args: P.args, **kwargs: P.kwargs) -> T:
-            found: T | None = memory.get(args)
-            if found is None:
-                found = function(*args, **kwargs)
-                memory.put(args, found)
-            return found
-
-        remembered.info = memory.info  # type: ignore[attr-defined]
-        return remembered
-
-    return decorate
+            self._found[what] = (value, size)
+            self.bytes += size
+            while self.bytes > self.limit:
+                self.bytes -= self._found.popitem(last=False)[1][1]

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 SMALL = 1 << 15
 """Tensors of at most this many elements are done together: their noise is generated in one go."""
+MANY = 1 << 17
+"""For so many elements in small tensors alone, kernels are compiled too."""
 PACK = 1 << 19
 """At most so many elements of noise exist at a time."""
 

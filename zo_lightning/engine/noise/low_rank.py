@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from zo_lightning.engine.messages import check_count, check_flag
 from zo_lightning.engine.noise.base import coefficients_of, compute_dtype
-from zo_lightning.engine.noise.compiling import kernel
-from zo_lightning.engine.noise.gaussian import normal
-from zo_lightning.engine.noise.kept import kept
+from zo_lightning.engine.noise.compiling import available, kernel
+from zo_lightning.engine.noise.gaussian import normal, pairs
+from zo_lightning.engine.noise.kept import Kept
+from zo_lightning.engine.noise.large import MANY, PACK, SMALL
 from zo_lightning.engine.noise.shaped import Place, Shaped, Where
 from zo_lightning.engine.seeds import basis_seed, query_seed, stream
 
-_LIMIT = 1 << 25
-"""Bytes that are kept of each kind of factor: a step and its update ask for the same, and bases last for many steps."""
 _OWN = 40
 """Bits of a seed that are its own; above them is the number of its basis, which the seeds of some steps share."""
 
@@ -47,6 +48,7 @@ class LowRank(Shaped):
     orthogonal: bool = False
 
     name = "low_rank"
+    factored = True
 
     def __post_init__(self) -> None:
         check_count("rank", self.rank, "the rank of the noise of a matrix")
@@ -85,16 +87,44 @@ class LowRank(Shaped):
         return True
 
     def factors(self, seed: int, place: Place) -> tuple[Tensor, Tensor] | None:
-        """(A, B) of shapes (m, r) and (n, r), float32, with Z = A B'; None for what is no matrix."""
-        shape = place.shape
-        if len(shape) < 2 or min(shape[0], math.prod(shape[1:])) < 2:
+        if (sizes := self._sizes(place)) is None:
             return None
-        m, n = shape[0], math.prod(shape[1:])
-        rank = min(self.rank, m, n)
+        m, n, rank = sizes
+        own, basis = self._wanted(seed, place)
         if self.orthogonal:
-            return _turned(seed, place.key, m, n, rank, place.device), _bases(seed >> _OWN, place.key, m, n, rank, place.device)[1]
-        left = _left(seed, place.key, m, rank, place.device)
-        return left, _right(seed if self.refresh == 1 else seed >> _OWN, place.key, n, rank, place.device)
+            u, v = _bases(basis, m, n, rank, place.device)
+            core = _drawn(own).view(rank, rank).double()
+            return (u @ core * (math.sqrt(m * n) / rank)).float().to(place.device), v
+        return _drawn(own).view(m, rank) / math.sqrt(rank), _drawn(basis).view(n, rank)
+
+    def prepare(self, seeds: Sequence[int], places: Sequence[Place]) -> None:
+        matrices = [place for place in places if self._sizes(place) is not None]
+        vectors = [place for place in places if self._sizes(place) is None]
+        wanted = [one for seed in seeds for place in matrices for one in self._wanted(seed, place)]
+        wanted += [_Wanted(seed, place.key, math.prod(place.shape), place.device) for seed in seeds for place in vectors]
+        for device in {one.device for one in wanted}:
+            todo = [one for one in dict.fromkeys(wanted) if one.device == device and one.size <= SMALL and one not in _DRAWN]
+            while todo:
+                pack = [todo.pop()]
+                while todo and sum(one.size for one in pack) + todo[-1].size <= PACK:
+                    pack.append(todo.pop())
+                _draw(pack)
+
+    def _sizes(self, place: Place) -> tuple[int, int, int] | None:
+        """(m, n, r) of a matrix."""
+        if len(place.shape) < 2 or min(place.shape[0], math.prod(place.shape[1:])) < 2:
+            return None
+        m, n = place.shape[0], math.prod(place.shape[1:])
+        return m, n, min(self.rank, m, n)
+
+    def _wanted(self, seed: int, place: Place) -> tuple[_Wanted, _Wanted]:
+        """What is a matrix's own, and what is its basis'."""
+        m, n, rank = self._sizes(place) or (0, 0, 0)
+        basis = seed if self.refresh == 1 and not self.orthogonal else seed >> _OWN
+        if self.orthogonal:
+            cpu = torch.device("cpu")
+            return _Wanted(seed, place.key, rank * rank, cpu), _Wanted(basis, place.key, (m + n) * rank, cpu, b"zo.basis")
+        return _Wanted(seed, place.key, m * rank, place.device), _Wanted(basis, place.key, n * rank, place.device, b"zo.basis")
 
 
 def _moved(base: Tensor, left: Tensor, right: Tensor, scalars: Tensor) -> Tensor:
@@ -114,51 +144,70 @@ def _add_(out: Tensor, left: Tensor, right: Tensor, scalars: Tensor) -> None:
     out.copy_(_moved(out, left, right, scalars))
 
 
+class _Wanted(NamedTuple):
+    """`size` standard normal values of the stream of a seed and a key."""
+
+    seed: int
+    key: int
+    size: int
+    device: torch.device
+    label: bytes = b"zo.noise"
+
+    @property
+    def stream(self) -> tuple[int, int, int]:
+        return stream(self.seed, self.key, self.label)
+
+
+_DRAWN = Kept(1 << 26)
+"""By what was wanted: a step and its update ask for the same, and bases last for many steps."""
+_BASES = Kept(1 << 25)
+
+
+def _drawn(wanted: _Wanted) -> Tensor:
+    found: Tensor | None = _DRAWN.get(wanted)
+    return _draw([wanted])[0] if found is None else found
+
+
+def _draw(wanted: Sequence[_Wanted]) -> list[Tensor]:
+    """Values of one device, drawn together; the same as if each were drawn alone."""
+    keys = torch.tensor([one.stream for one in wanted], dtype=torch.int32).to(wanted[0].device)
+    fused = sum(one.size for one in wanted) > MANY and available(keys.device.type)
+    found = pairs(keys, [one.size for one in wanted], fused)
+    for one, values in zip(wanted, found, strict=True):
+        _DRAWN.put(one, values)
+    return found
+
+
 def _vector(seed: int, place: Place, where: Where) -> Tensor:
     """What is no matrix has standard normal noise."""
-    own, numel = _stream(seed, place.key, place.device), math.prod(place.shape)
+    numel = math.prod(place.shape)
+    if numel <= SMALL:
+        whole = _drawn(_Wanted(seed, place.key, numel, place.device))
+        return whole[where.start : where.stop] if isinstance(where, range) else whole[where]
+    keys = torch.tensor(stream(seed, place.key), dtype=torch.int32).to(place.device)
     if isinstance(where, range):
-        return normal(own, where, numel)
+        return normal(keys, where, numel)
     if not where.numel():
         return torch.zeros(where.shape, device=place.device)
     first, last = int(where.min()), int(where.max())
-    return normal(own, range(first, last + 1), numel)[where - first]
+    return normal(keys, range(first, last + 1), numel)[where - first]
 
 
-@kept(_LIMIT)
-def _left(seed: int, key: int, m: int, rank: int, device: torch.device) -> Tensor:
-    """U / sqrt(r)."""
-    return _drawn(seed, key, m * rank, device).view(m, rank) / math.sqrt(rank)
-
-
-@kept(_LIMIT)
-def _right(seed: int, key: int, n: int, rank: int, device: torch.device) -> Tensor:
-    """V, of a seed or of a basis."""
-    return _drawn(seed, key, n * rank, device, b"zo.basis").view(n, rank)
-
-
-@kept(_LIMIT)
-def _turned(seed: int, key: int, m: int, n: int, rank: int, device: torch.device) -> Tensor:
-    """sqrt(m n) / r U S for an orthonormal U."""
-    core = _drawn(seed, key, rank * rank, torch.device("cpu")).view(rank, rank).double()
-    return (_bases(seed >> _OWN, key, m, n, rank, device)[0] @ core * (math.sqrt(m * n) / rank)).float().to(device)
-
-
-@kept(_LIMIT)
-def _bases(basis: int, key: int, m: int, n: int, rank: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _bases(wanted: _Wanted, m: int, n: int, rank: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Orthonormal columns: U in float64 on the CPU, whose bits are those of any device that it is for, and V as it is used."""
-    drawn = _drawn(basis, key, (m + n) * rank, torch.device("cpu"), b"zo.basis").double()
-    found = [torch.linalg.qr(part.view(-1, rank)) for part in drawn.split([m * rank, n * rank])]
-    u, v = (q * torch.where(r.diagonal() < 0, -1.0, 1.0) for q, r in found)  # the sign that makes it a function of its columns alone
-    return u, v.float().to(device)
+    found: tuple[Tensor, Tensor] | None = _BASES.get((wanted, m, n, rank, device))
+    if found is None:
+        parts = _drawn(wanted).double().split([m * rank, n * rank])
+        u, v = (_orthonormal(part.view(-1, rank)) for part in parts)
+        found = u, v.float().to(device)
+        _BASES.put((wanted, m, n, rank, device), found)
+    return found
 
 
-def _drawn(seed: int, key: int, count: int, device: torch.device, label: bytes = b"zo.noise") -> Tensor:
-    return normal(_stream(seed, key, device, label), range(count), count)
-
-
-def _stream(seed: int, key: int, device: torch.device, label: bytes = b"zo.noise") -> Tensor:
-    return torch.tensor(stream(seed, key, label), dtype=torch.int32).to(device)
+def _orthonormal(columns: Tensor) -> Tensor:
+    q: Tensor
+    q, r = torch.linalg.qr(columns)
+    return q * torch.where(r.diagonal() < 0, -1.0, 1.0)  # the sign that makes it a function of the columns alone
 
 
 def _summed(products: list[Tensor]) -> Tensor:

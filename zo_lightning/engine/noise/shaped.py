@@ -37,6 +37,9 @@ class Place(NamedTuple):
 class Shaped(Noise):
     """z[i] = noise(seed, parameter key, shape of the parameter, i), in float32."""
 
+    factored = False
+    """Whether noise of matrices has `factors`."""
+
     @abstractmethod
     def values(self, seed: int, place: Place, where: Where) -> Tensor:
         """z of these elements, of the shape of an index or one-dimensional; the same bits however they are asked for."""
@@ -52,6 +55,13 @@ class Shaped(Noise):
         """sum_j c_j z_j in their order, in `dtype`."""
         wide = torch.zeros((), dtype=dtype, device=place.device)
         return total_of((self.values(seed, place, where) for seed in seeds), coefficients, wide)
+
+    def factors(self, seed: int, place: Place) -> tuple[Tensor, Tensor] | None:
+        """(A, B) of shapes (m, r) and (n, r), float32, with Z = A B'; None for what is no matrix, and for noise that is no such product."""
+        return None
+
+    def prepare(self, seeds: Sequence[int], places: Sequence[Place]) -> None:
+        """Noise of these seeds will be asked for at all these places."""
 
     def touched(self, seeds: Sequence[int], key: int) -> Tensor | None:
         """The elements of a parameter, ascending, outside of which all these are 0; None where there is no such list."""

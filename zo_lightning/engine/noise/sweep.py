@@ -13,17 +13,14 @@ from zo_lightning.engine.noise.base import Drawn, Elementwise, Noise
 from zo_lightning.engine.noise.compiling import available
 from zo_lightning.engine.noise.dither import dither_at
 from zo_lightning.engine.noise.flat import Small, moved, step_flat, total_of
-from zo_lightning.engine.noise.large import PACK, SMALL, large, some_rows
+from zo_lightning.engine.noise.large import MANY, PACK, SMALL, large, some_rows
 from zo_lightning.engine.noise.members import Listed, Members
 from zo_lightning.engine.noise.places import located, put_moved, take
 from zo_lightning.engine.noise.region import Region
 from zo_lightning.engine.noise.rounding import rounds
-from zo_lightning.engine.noise.shaped import Shaped, shaped
+from zo_lightning.engine.noise.shaped import Place, Shaped, shaped
 from zo_lightning.engine.noise.sphere import Scaled
 from zo_lightning.engine.seeds import stream
-
-MANY = 1 << 17
-"""For so many elements in small tensors alone, kernels are compiled too."""
 
 
 class Item(NamedTuple):
@@ -80,6 +77,7 @@ def sweep(items: Sequence[Item], seeds: Sequence[int], noise: Noise, done: list[
                 finished = {id(item.out) for item in scaled}
                 done.extend(item for item in here if id(item.out) in finished)
         elif isinstance(noise, Shaped):
+            noise.prepare(seeds, [Place(item.key, item.shape, device) for item in here])
             for item, drawn in zip(here, keys_of(here, [((), rounding)], device)[0], strict=True):
                 shaped(item, seeds, drawn, noise)
                 done.append(item)

@@ -42,6 +42,11 @@ class Objective(ABC):
         """Whether the closure has to be called at all: `observe` reads what it returns, or the loss counts."""
         return True
 
+    @property
+    def asks_module(self) -> bool:
+        """Whether `observe` asks the module; if not, it may be called behind the evaluation."""
+        return True
+
     @abstractmethod
     def observe(self, output: Any, module: nn.Module | None, batch: Any) -> Any:
         """The sample of one evaluation, from what the closure returned, or by asking the module, which is perturbed at this moment.

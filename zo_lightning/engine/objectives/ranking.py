@@ -57,6 +57,10 @@ class Ranking(Objective):
         self.name = getattr(oracle, "__name__", None) or type(oracle).__name__
 
     @property
+    def asks_module(self) -> bool:
+        return self.source is not None
+
+    @property
     def needs_output(self) -> bool:
         return self.source is None
 

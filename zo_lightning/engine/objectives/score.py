@@ -85,6 +85,10 @@ class Score(Objective):
         self.name = plain if key is None else f"{plain}[{key}]"
 
     @property
+    def asks_module(self) -> bool:
+        return self.source is not None
+
+    @property
     def needs_output(self) -> bool:
         return self.source is None or self.loss_weight != 0.0
 

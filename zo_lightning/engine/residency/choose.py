@@ -10,6 +10,7 @@ from zo_lightning.engine.messages import choose, say_once
 from zo_lightning.engine.noise import Noise
 from zo_lightning.engine.parameters import Trained, total_bytes
 from zo_lightning.engine.residency.base import Residency
+from zo_lightning.engine.residency.batched import Batched, Population
 from zo_lightning.engine.residency.exact import Exact
 from zo_lightning.engine.residency.gathered import residency_of_shards
 from zo_lightning.engine.residency.inplace import InPlace
@@ -23,11 +24,11 @@ SMALL_BYTES = 16 << 20
 
 _UNKNOWN = "the module that gathers it must be known. Pass it as ZOOptimizer(model, ...) or module=model"
 
-WEIGHTS: dict[str, object] = {"auto": None, "exact": Exact, "copy": Copy, "inplace": InPlace}
+WEIGHTS: dict[str, object] = {"auto": None, "exact": Exact, "copy": Copy, "inplace": InPlace, "batched": Population}
 
 
 def build_residency(
-    weights: str | Offload, module: nn.Module | None, trained: Sequence[Trained], noise: Noise, before: Residency | None = None
+    weights: str | Offload | Batched, module: nn.Module | None, trained: Sequence[Trained], noise: Noise, before: Residency | None = None
 ) -> Residency:
     """The residency called `weights`; "auto" takes copy where little is trained, exact where there are blocks, else in place.
 
@@ -41,7 +42,12 @@ def build_residency(
         if module is None:
             raise ValueError(f"weights={weights!r} needs the model: pass it as ZOOptimizer(model, ...) or module=model.")
         return Offloaded(module, trained, noise, weights, before)
-    kind = choose("weights", weights, WEIGHTS, "an Offload")
+    members = weights.members if isinstance(weights, Batched) else None
+    kind = Population if isinstance(weights, Batched) else choose("weights", weights, WEIGHTS, "an Offload or Batched")
+    if kind is Population and sharded is not None:
+        raise ValueError(f'Parameter {sharded!r} is sharded, and weights="batched" reads whole tensors. Use weights="exact".')
+    if kind is Population:
+        return Population(module, trained, noise, members)
     if sharded is not None and module is not None and fsdp_modules(module):
         return residency_of_shards(str(weights), module, trained, noise)
     if kind is None:

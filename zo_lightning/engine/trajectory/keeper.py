@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zo_lightning.engine.changed import State, Watch, same
 from zo_lightning.engine.journal import Journal, StepRecord, Unrecorded
 from zo_lightning.engine.masks.rules import Chosen
 from zo_lightning.engine.messages import say_once
 from zo_lightning.engine.offload.stamps import Moment
 from zo_lightning.engine.shards import any_sharded, part
 from zo_lightning.engine.trajectory.atomic import explained
-from zo_lightning.engine.trajectory.changed import State, Watch, same
 from zo_lightning.engine.trajectory.comparing import NAME, describe, differs, noted_path
 from zo_lightning.engine.trajectory.fingerprint import frozen_fingerprint, trained_fingerprint
 from zo_lightning.engine.trajectory.log import Log, read_log

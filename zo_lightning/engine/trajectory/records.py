@@ -21,7 +21,7 @@ LARGEST_VALUES, LARGEST_GROUPS, LARGEST_BATCHES, LARGEST_OPTION = (1 << 16) - 1,
 LARGEST_IDLE = (1 << 16) - 1
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 MASKS = ("all", "none", "small", "large", "lot", "bits", "list")
-RESIDENCIES, ROUNDINGS = ("exact", "copy", "inplace"), ("stochastic", "nearest")
+RESIDENCIES, ROUNDINGS = ("exact", "copy", "inplace", "batched"), ("stochastic", "nearest")
 
 Options = Mapping[str, Any]
 """{"name": ..., "options": {...}}: a part of the engine by its name, and its dataclass fields (numbers, strings, None)."""
