@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -589,3 +590,27 @@ def test_a_state_of_others_is_refused(there: str | None, here: str | None) -> No
     saved_state = ZOOptimizer(mlp(), lr=LR, backprop=there).state_dict()
     with pytest.raises(ValueError, match=r"The state was saved with backprop="):
         ZOOptimizer(mlp(), lr=LR, backprop=here).load_state_dict(saved_state)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_layers_that_no_gradient_reaches_are_named(reentrant: bool) -> None:
+    """Reentrant checkpoints have none, for nothing before them requires one."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.hidden, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(checkpoint(lambda y: torch.tanh(self.hidden(y)), self.a(x), use_reentrant=reentrant))
+
+    torch.manual_seed(0)
+    model, before = Checkpointed(), []
+    optimizer = ZOOptimizer(model, lr=1e-6, backprop=Backprop("hidden.* head.*", lr=1e-2), safeguard=None)
+    before.append(model.hidden.weight.detach().clone())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        optimizer.step(lambda: model(torch.ones(3, 8)).square().mean())
+    named = [str(one.message) for one in said if "'hidden.weight', 'hidden.bias' of backprop= had no gradient" in str(one.message)]
+    assert bool(named) == reentrant
+    assert torch.equal(model.hidden.weight, before[0]) == reentrant
