@@ -83,13 +83,14 @@ def test_compiled_passes_have_the_bits_of_eager_ones(rank: int, dtype: torch.dty
     generator = torch.Generator().manual_seed(0)
     bases = [torch.randn(shape, generator=generator).to(dtype) for shape in ((300, 301), (64, 16, 9, 5), (700, 1100))]
 
-    def swept(inside: bool, decay: float) -> list[Tensor]:
+    def swept(inside: bool, decay: float, terms: int) -> list[Tensor]:
         outs = [base.clone() if inside else torch.empty_like(base) for base in bases]
-        items = [Item(o, o if inside else b, i, decay, (1e-3,)) for i, (o, b) in enumerate(zip(outs, bases, strict=True))]
-        sweep(items, [5], LowRank(rank))
+        sizes = tuple(1e-3 * (-1.1) ** j for j in range(terms))
+        items = [Item(o, o if inside else b, i, decay, sizes) for i, (o, b) in enumerate(zip(outs, bases, strict=True))]
+        sweep(items, [5 + (j << 41) for j in range(terms)], LowRank(rank), rounding=3 if terms == 7 else None)
         return outs
 
-    ways = list(itertools.product((True, False), (1.0, 0.97)))
+    ways = list(itertools.product((True, False), (1.0, 0.97), (1, 2, 7)))
     compiled = [swept(*way) for way in ways]
     eagerly(monkeypatch)
     for way, outs in zip(ways, compiled, strict=True):

@@ -129,17 +129,17 @@ class Read(TorchFunctionMode):
         if isinstance(result, (Tensor, tuple, list)) and (getattr(func, "__name__", "") != "__get__" or func in _VIEWS):
             off = not torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled()
             for value in _tensors((args, kwargs)):
-                name = self._name_of(value)
-                if name is not None:
-                    raise RuntimeError(
-                        f"{name!r} is read by another name than its module's attribute, so that its {self._missing} "
-                        f"would be missing. Read it from the module that has it, or use {self._otherwise}."
-                    )
                 if off and id(value) in self._duals:
                     raise RuntimeError(
                         f"{self._duals[id(value)]!r} is read where forward-mode derivatives are off, so that its own would be missing: "
                         "inside torch.inference_mode() or an autograd.Function, such as checkpoint(use_reentrant=True). Use "
                         "use_reentrant=False, no activation checkpointing (there is no backward pass), or the estimator SPSA()."
+                    )
+                name = self._name_of(value)
+                if name is not None:
+                    raise RuntimeError(
+                        f"{name!r} is read by another name than its module's attribute, so that its {self._missing} "
+                        f"would be missing. Read it from the module that has it, or use {self._otherwise}."
                     )
         return result
 

@@ -19,6 +19,8 @@ from zo_lightning.engine.noise.large import MANY, PACK, SMALL
 from zo_lightning.engine.noise.shaped import Place, Shaped, Where
 from zo_lightning.engine.seeds import basis_seed, query_seed, stream
 
+_PRODUCTS = 16
+"""Products of a column and a row that one pass adds."""
 _OWN = 40
 """Bits of a seed that are its own; above them is the number of its basis, which the seeds of some steps share."""
 
@@ -86,6 +88,22 @@ class LowRank(Shaped):
             _add(out.view(shape), base.view(shape), left, right.t().contiguous(), scalars)
         return True
 
+    def total(self, seeds: Sequence[int], coefficients: Sequence[float], place: Place, where: Where, dtype: torch.dtype) -> Tensor:
+        many = isinstance(where, range) and len(seeds) > 1 and len(where) > SMALL and available(place.device.type)
+        factors = [self.factors(seed, place) for seed in seeds] if many else [None]
+        if isinstance(where, Tensor) or None in factors:
+            return super().total(seeds, coefficients, place, where, dtype)
+        lefts, rights = (list(sides) for sides in zip(*factors, strict=True))
+        width, group = len(rights[0]), max(1, _PRODUCTS // lefts[0].shape[1])
+        rows = slice(where.start // width, -(-where.stop // width))
+        total = torch.zeros(rows.stop - rows.start, width, dtype=dtype, device=place.device)
+        for begin in range(0, len(seeds), group):
+            some = slice(begin, begin + group)
+            scalars = coefficients_of(tuple(coefficients[some]), dtype, place.device)
+            left = torch.cat([left[rows] for left in lefts[some]], 1)
+            _accumulate_(total, left, torch.cat(rights[some], 1).t().contiguous(), scalars)
+        return total.view(-1)[where.start - rows.start * width : where.stop - rows.start * width]
+
     def factors(self, seed: int, place: Place) -> tuple[Tensor, Tensor] | None:
         if (sizes := self._sizes(place)) is None:
             return None
@@ -132,6 +150,18 @@ def _moved(base: Tensor, left: Tensor, right: Tensor, scalars: Tensor) -> Tensor
     for k in range(1, left.shape[1]):
         z = z + left[:, k : k + 1] * right[k]
     return base.to(scalars.dtype) * scalars[0] + z.to(scalars.dtype) * scalars[1]
+
+
+@kernel
+def _accumulate_(total: Tensor, left: Tensor, right: Tensor, scalars: Tensor) -> None:
+    """total <- (total + c_1 z_1) + c_2 z_2 ..., each z with as many columns of `left` and rows of `right`."""
+    rank, result = left.shape[1] // scalars.shape[0], total
+    for j in range(scalars.shape[0]):
+        z = left[:, j * rank : j * rank + 1] * right[j * rank]
+        for k in range(j * rank + 1, (j + 1) * rank):
+            z = z + left[:, k : k + 1] * right[k]
+        result = result + z.to(scalars.dtype) * scalars[j]
+    total.copy_(result)
 
 
 @kernel
