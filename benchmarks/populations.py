@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,7 @@ def difference(workload: Workload, queries: int) -> float:
         optimizer = optimizer_of(workload, weights, LowRank(1, refresh=1), queries)
         optimizer.param_groups[0]["lr"] = 0.0
         optimizer.step(workload.loss)
-        assert optimizer.report is not None
-        values.append(torch.tensor(optimizer.report.values))
+        values.append(torch.tensor(optimizer.report.values if optimizer.report else ()))
     return float(((values[0] - values[1]) / values[1]).abs().max())
 
 
@@ -77,7 +77,7 @@ def measured(workload: Workload, queries: int, options: argparse.Namespace) -> d
         optimizer = optimizer_of(workload, weights, noise, queries)
         if weights == "batched":
             contenders[f"{name}: estimate"] = estimating(optimizer, workload)
-        contenders[f"{name}: step"] = lambda optimizer=optimizer: optimizer.step(workload.loss)
+        contenders[f"{name}: step"] = partial(optimizer.step, workload.loss)
     seconds = interleaved({name: stamps(step, options.device) for name, step in contenders.items()}, options.rounds, 1)
     found: dict[str, Any] = {"largest_relative_difference_of_losses": difference(workload, queries)}
     base = summary(seconds["two forwards"])["median_ms"]

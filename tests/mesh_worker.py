@@ -21,6 +21,7 @@ from zo_lightning.engine import (
     Conservative,
     Coordinatewise,
     ForwardGradient,
+    LowRank,
     Momentum,
     OneSided,
     Processes,
@@ -48,6 +49,7 @@ class Case:
     metric: bool = False
 
 
+BATCHED: dict[str, Any] = {"weights": "batched", "noise": LowRank(2, refresh=1)}
 CASES = {
     "two sides": Case("perturbation=2"),
     "two sides, copied, bfloat16": Case("perturbation=2", {"weights": "copy"}, dtype=torch.bfloat16),
@@ -72,6 +74,8 @@ CASES = {
     "data and sides, SVRG": Case("data=2,perturbation=2", {"estimator": SVRG(refresh=3, anchor=1)}, world=4, micro=2),
     "data and sides, a metric": Case("data=2,perturbation=2", {"estimator": SPSA(2)}, world=4, micro=2, metric=True),
     "data and coordinates": Case("data=2,perturbation=2", {"estimator": Coordinatewise()}, world=4),
+    "data and points in one pass": Case("data=2,perturbation=2", {**BATCHED, "estimator": SPSA(4)}, world=4, micro=2),
+    "points in one pass on two": Case("perturbation=2", {**BATCHED, "estimator": SPSA(4)}),
     "seeds": Case("seeds=4", world=4),
     "seeds of two queries, and sides": Case("seeds=2,perturbation=2", {"estimator": SPSA(2)}, world=4),
     "one-sided seeds": Case("seeds=4", {"estimator": OneSided(3)}, world=4),

@@ -188,6 +188,18 @@ def test_hybrid_memory_lies_between_forward_only_and_backpropagation(tmp_path: P
         assert len(set(values)) == 4
 
 
+def test_populations_are_evaluated_as_their_members_are(tmp_path: Path) -> None:
+    out = tmp_path / "populations.json"
+    tiny = "hidden_size=32 num_hidden_layers=1 ffn_dim=64 word_embed_proj_dim=32 num_attention_heads=2 vocab_size=100".split()
+    done = script("populations.py", "--set", *tiny, "--shapes", "1x8", "--queries", "2", "--rounds", "2", "--json", str(out))
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["largest_relative_difference_of_losses"] < 1e-5
+    for name in ("batched, rank 1: estimate", "batched, rank 4: step", "exact, rademacher: step"):
+        assert row[name]["over_two_forwards"] > 0
+        assert row[name]["peak_mb"] > 0
+
+
 def test_feature_reuse_measures_all_ways(tmp_path: Path) -> None:
     out = tmp_path / "reuse.json"
     done = script("feature_reuse.py", "--depths", "2", "--width", "16", "--batch", "2", "--each", "1", "--rounds", "2", "--json", str(out))

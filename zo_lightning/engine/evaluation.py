@@ -183,7 +183,7 @@ class Evaluator:
         if (
             not isinstance(residency, Population)
             or not self._batched.possible
-            or not points
+            or len(points) < 2
             or (task.observe is not None and not task.apart)
         ):
             return None

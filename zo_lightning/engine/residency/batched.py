@@ -66,8 +66,14 @@ class Population(Residency):
         self._recurrent = any(isinstance(place.owner, nn.RNNBase) for place in self._places)
         self._shaped = noise
         self._turns = Turns()
+        self._probed = False
         self._used = self._factored = False
         """Whether values of factored weights were asked for, and whether there are any."""
+
+    def needs_probe(self) -> bool:
+        """Once: which buffers evaluations move is known from then on, and no others are copied for each point."""
+        first, self._probed = not self._probed, True
+        return first
 
     @contextmanager
     def session(self) -> Iterator[None]:
