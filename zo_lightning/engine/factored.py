@@ -124,7 +124,8 @@ def _linear(x: Any, w: Any, bias: Any = None) -> Any:
         return NotImplemented
     w.used()
     bias = bias.whole() if isinstance(bias, Factored) else bias
-    return _plus(F.linear(x, w.base), F.linear(x, w.right.mT), w.left, bias)
+    thin = _Thin.apply(x, w.right.to(x.dtype)) if x.dim() > 1 else F.linear(x, w.right.mT)
+    return _plus(F.linear(x, w.base), thin, w.left, bias)
 
 
 @_operation(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
@@ -173,6 +174,28 @@ for _function in (F.conv1d, F.conv2d, F.conv3d):  # type: ignore[assignment]
 def _plus(y: Tensor, x: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
     """y + x factor' + bias, of shapes (..., m), (..., r), (m, r) and (m); `y`, which nobody else has, may be written to."""
     return _Plus.apply(y, x, factor.to(y.dtype), bias)  # type: ignore[no-any-return]
+
+
+class _Thin(torch.autograd.Function):
+    """x B, of shapes (..., n) and (n, r); for many at once by products of B' with x', some times as fast as those of x with B."""
+
+    @staticmethod
+    def forward(x: Tensor, right: Tensor) -> Tensor:
+        return F.linear(x, right.mT)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is differentiated."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, int | None], x: Tensor, right: Tensor) -> tuple[Tensor, int]:
+        own, factor = ((t if dim is None else t.movedim(dim, 0)) for t, dim in zip((x, right), in_dims, strict=True))
+        if in_dims[1] is None:
+            return F.linear(own, factor.mT), 0
+        if in_dims[0] is None:
+            own = own.expand(info.batch_size, *own.shape)
+        rows = own.reshape(len(own), -1, own.shape[-1])
+        return torch.bmm(factor.mT, rows.mT).mT.reshape(*own.shape[:-1], factor.shape[-1]), 0
 
 
 class _Plus(torch.autograd.Function):

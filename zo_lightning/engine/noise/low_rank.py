@@ -123,8 +123,9 @@ class LowRank(Shaped):
         for device in {one.device for one in wanted}:
             todo = [one for one in dict.fromkeys(wanted) if one.device == device and one.size <= SMALL and one not in _DRAWN]
             while todo:
-                pack = [todo.pop()]
-                while todo and sum(one.size for one in pack) + todo[-1].size <= PACK:
+                pack, size = list[_Wanted](), 0
+                while todo and (not pack or size + todo[-1].size <= PACK):
+                    size += todo[-1].size
                     pack.append(todo.pop())
                 _draw(pack)
 
