@@ -18,7 +18,11 @@ from workload import Workload, add_options, build
 
 from zo_lightning.engine import SPSA, LowRank, ZOOptimizer
 
-WAYS = {"batched, rank 1": ("batched", LowRank(1, refresh=1)), "batched, rank 4": ("batched", LowRank(4, refresh=1))}
+WAYS = {
+    "batched, rank 1": ("batched", LowRank(1, refresh=1)),
+    "batched, rank 1, one basis": ("batched", LowRank(1, refresh=50)),
+    "batched, rank 4": ("batched", LowRank(4, refresh=1)),
+}
 ALONE = {"exact, rank 1": ("exact", LowRank(1, refresh=1)), "exact, rademacher": ("exact", "rademacher")}
 
 

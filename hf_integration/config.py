@@ -51,7 +51,9 @@ class ZOArguments:
         metadata={"help": "What the losses of a step are made into before the estimate: values (themselves), ranks or z-scores."},
     )
     zo_update: str = field(default="sgd", metadata={"help": "What an estimate does to the weights: sgd, sign, momentum, adam, hizoo."})
-    zo_weights: str = field(default="auto", metadata={"help": "How perturbed weights come to exist: exact, copy, inplace or auto."})
+    zo_weights: str = field(
+        default="auto", metadata={"help": "How perturbed weights come to exist: exact, copy, inplace, batched or auto."}
+    )
     zo_dropout: bool = field(default=True, metadata={"help": "False switches the Dropout modules off while the loss is measured."})
     zo_clip: float | None = field(default=None, metadata={"help": "Limit of the projected gradient's absolute value; None does not clip."})
     zo_safeguard: str | None = field(

@@ -328,6 +328,20 @@ class Later(Twice):
         return self.kept[0].square().sum() if self.calls > 2 else x.new_zeros(())
 
 
+class View(Twice):
+    def __init__(self) -> None:
+        super().__init__()
+        self.view = self.a.weight.detach().t()[1:]
+
+    def more(self, x: Tensor) -> Tensor:
+        return self.view.square().sum()
+
+
+class Transposed(Twice):
+    def more(self, x: Tensor) -> Tensor:
+        return self.kept[1].T.square().sum()
+
+
 class Reentrant(Twice):
     def first(self, x: Tensor) -> Tensor:
         return checkpoint(super().first, x, use_reentrant=True)  # type: ignore[no-any-return]
@@ -351,6 +365,8 @@ class Nested(Twice):
         (InLists, "is read by another name"),
         (Norms, "is read by another name"),
         (Later, "'a.weight' is read by another name"),
+        (View, "'a.weight' is read by another name"),
+        (Transposed, "'b.weight' is read by another name"),
         (Reentrant, r"'a.weight' is read where forward-mode derivatives are off.*use_reentrant=False"),
         (WithoutGradients, "'a.weight' is read where forward-mode derivatives are off"),
         (Nested, r"An operation of the model has no forward-mode derivative: Nested forward mode AD.* Use the estimator SPSA\(\)"),

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from zo_lightning import ZOOptimizer, ZOStrategy
 from zo_lightning.callbacks import SparseMask
 from zo_lightning.engine import LowRank, Momentum, OneSided, TorchOptimizer
+from zo_lightning.engine.residency import Batched
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in (*HOST_WARNINGS, "ignore:You defined a `validation_step` but have no")]
 
@@ -275,6 +276,7 @@ def test_command_line_interface(arguments: list[str], name: str, tmp_path: Path,
         ("estimator", ["class_path=zo_lightning.engine.OneSided", "init_args.queries=2"], OneSided(2)),
         ("noise", ["class_path=zo_lightning.engine.LowRank", "init_args.rank=3"], LowRank(3)),
         ("noise", ["low_rank(rank=3)"], LowRank(3)),
+        ("weights", ["class_path=zo_lightning.engine.residency.Batched", "init_args.members=4"], Batched(4)),
     ],
 )
 def test_objects_on_a_command_line(option: str, given: list[str], expected: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,12 +288,14 @@ def test_objects_on_a_command_line(option: str, given: list[str], expected: Any,
     common = "--trainer.accelerator=cpu --trainer.max_steps=1 --trainer.logger=false --trainer.enable_progress_bar=false".split()
     common += ["--trainer.enable_checkpointing=false", "--trainer.enable_model_summary=false", "--trainer.strategy=zo_lightning.ZOStrategy"]
     common += ["--trainer.strategy.init_args.lr=0.001"]
+    common += ["--trainer.strategy.init_args.noise=low_rank"] if option == "weights" else []
     run = lightning("lightning.pytorch.cli").LightningCLI(
         type("Fitted", (lit("lightning.pytorch"),), {"train_dataloader": lambda self: loader()}),
         args=["fit", "--seed_everything=1", *common, *arguments],
     )
     engine = run.trainer.strategy.zo_optimizer
-    assert {"update": engine.rule, "estimator": engine.estimator, "noise": engine.noise}[option] == expected
+    found = {"update": engine.rule, "estimator": engine.estimator, "noise": engine.noise, "weights": engine.weights}
+    assert found[option] == expected
 
 
 def test_fabric_takes_the_engine(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from zo_lightning.engine.noise import Noise
 from zo_lightning.engine.objectives import Objective
 from zo_lightning.engine.options import EngineOptions
 from zo_lightning.engine.parallel import UNSET, Exchange, Mesh, Processes, as_mesh, broadcast_parameters
+from zo_lightning.engine.residency import Batched
 from zo_lightning.engine.safeguard import Safeguard
 from zo_lightning.engine.updates import UpdateRule
 from zo_lightning.strategy.forward_only import ForwardOnly
@@ -35,7 +36,7 @@ class ZOStrategy(ForwardOnly, SingleDeviceStrategy):
         eps: perturbation scale; None is what suits what is trained (`ZOOptimizer`). seed: of the run.
         noise: "rademacher", "gaussian", "sphere", "low_rank", or a `Noise`. estimator: an `Estimator`; None is SPSA(queries=1).
         update: "sgd", "sign", "momentum", "adam", or an `UpdateRule`: what the estimate does to the weights.
-        weights: "exact", "copy", "inplace" or "auto". dropout: False switches Dropout modules off while training.
+        weights: "exact", "copy", "inplace", "batched" or "auto", or a `Batched`. dropout: False switches Dropout modules off while training.
         clip: bound on the absolute projected gradient. safeguard: "stop", "halve", "warn", None or a `Safeguard`.
         max_nonfinite: steps with a non-finite loss in a row before FloatingPointError.
         mask: which weights are trained (`engine.masks.Mask`); the callback SparseMask sets it, too.
@@ -59,7 +60,7 @@ class ZOStrategy(ForwardOnly, SingleDeviceStrategy):
         noise: str | Noise = "rademacher",
         estimator: str | Estimator | None = None,
         update: str | UpdateRule = "sgd",
-        weights: str = "auto",
+        weights: str | Batched = "auto",
         weight_decay: float | None = None,
         dropout: bool = True,
         clip: float | None = None,
@@ -131,7 +132,7 @@ class ZODDPStrategy(ForwardOnly, DDPStrategy):
         noise: str | Noise = "rademacher",
         estimator: str | Estimator | None = None,
         update: str | UpdateRule = "sgd",
-        weights: str = "auto",
+        weights: str | Batched = "auto",
         weight_decay: float | None = None,
         dropout: bool = True,
         clip: float | None = None,
