@@ -36,7 +36,7 @@ class ZOStrategy(ForwardOnly, SingleDeviceStrategy):
         eps: perturbation scale; None is what suits what is trained (`ZOOptimizer`). seed: of the run.
         noise: "rademacher", "gaussian", "sphere", "low_rank", or a `Noise`. estimator: an `Estimator`; None is SPSA(queries=1).
         update: "sgd", "sign", "momentum", "adam", or an `UpdateRule`: what the estimate does to the weights.
-        weights: "exact", "copy", "inplace", "batched" or "auto", or a `Batched`. dropout: False switches Dropout modules off while training.
+        weights: "exact", "copy", "inplace", "batched" or "auto", or a `Batched`. dropout: False switches Dropout modules off.
         clip: bound on the absolute projected gradient. safeguard: "stop", "halve", "warn", None or a `Safeguard`.
         max_nonfinite: steps with a non-finite loss in a row before FloatingPointError.
         mask: which weights are trained (`engine.masks.Mask`); the callback SparseMask sets it, too.
